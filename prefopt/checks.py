@@ -1,0 +1,102 @@
+"""What is verified in the first seconds of a run, so that a wrong number costs seconds and not a night."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from accelerate.utils import gather_object
+from torch import Tensor, nn
+
+from prefopt.console import say
+from prefopt.data.dataset import TokenDataset
+from prefopt.errors import DataError, NonFiniteError, UserError
+from prefopt.losses import Objective
+from prefopt.reference.live import evaluating
+from prefopt.scoring.selfcheck import check_scores
+
+if TYPE_CHECKING:
+    from prefopt.trainer import PreferenceTrainer
+
+_ROWS = 4
+# Margins of equal models differ by rounding alone. The constant covers the depth of a model; ten times the bound is
+# more than rounding can explain.
+_ROUNDING = 8.0
+
+
+def check_start(trainer: PreferenceTrainer, model: nn.Module) -> None:
+    """Compare our scores with the model's own logits, and the policy with its reference, on a few short rows.
+
+    Raises `UserError` when the scores are wrong for this model, or when a reference that should equal the starting
+    policy does not.
+    """
+    say(f"reference: {trainer.reference.summary}")
+    batch = _small_batch(trainer)
+    if trainer.args.self_check:
+        with evaluating(model), torch.no_grad():
+            result = check_scores(model, batch)
+        say(f"self-check: scores agree with the model's own logits to {result.max_difference:.1e} (bound {result.bound:.1e})")
+    if trainer.reference.is_start:
+        _check_margins(trainer, model, batch)
+
+
+def check_rows(objective: Objective, data: Any) -> Any:
+    """The data set (or dict of them, or None) as it came, after refusing what the loss cannot be trained on.
+
+    Raises `DataError` for the wrong kind of rows, a missing column, or a row the loss itself objects to.
+    """
+    if isinstance(data, TokenDataset):
+        objective.check_rows(paired=data.paired, columns=data.columns)
+        for row in data.rows:
+            problem = objective.row_problem(row["columns"])
+            if problem:
+                raise DataError(f"row {row['row']}: {problem}")
+    elif data is not None:
+        for part in data.values():
+            check_rows(objective, part)
+    return data
+
+
+def not_finite(step: int, norm: Any, window: Sequence[tuple[Tensor, Tensor]]) -> NonFiniteError:
+    """The error for a step with a NaN or infinite loss or gradient, with the rows it came from.
+
+    `window` holds (rows, loss) of this rank's micro-batches. Every rank must call this: the rows are gathered.
+    """
+    bad = [rows for rows, loss in window if not torch.isfinite(loss)]
+    suspects = bad or [rows for rows, _ in window]
+    rows = sorted(row for part in gather_object([rows.tolist() for rows in suspects]) for row in part)
+    what = "loss" if bad else f"gradient (norm {float(norm) if norm is not None else 'unknown'})"
+    return NonFiniteError(
+        f"step {step}: the {what} is not finite. The optimizer has not moved, and nothing was saved after it. Rows of "
+        f"the step (position in the training source): {rows}. Look at these rows; a lower learning_rate, a lower "
+        "max_grad_norm or float32 may help."
+    )
+
+
+def _small_batch(trainer: PreferenceTrainer) -> dict[str, Any]:
+    dataset = trainer.train_dataset
+    shortest = sorted(range(len(dataset)), key=lambda index: dataset.lengths[index])[:_ROWS]
+    return trainer._prepare_inputs(trainer.data_collator([dataset[index] for index in shortest]))
+
+
+def _check_margins(trainer: PreferenceTrainer, model: nn.Module, batch: dict[str, Any]) -> None:
+    with evaluating(model), torch.no_grad():
+        scores = trainer.score(model, batch)
+    longest = max(1, int(scores.lengths.max()))
+    bound = _ROUNDING * _unit_roundoff(trainer, model) * math.sqrt(longest)
+    found = scores.log_ratio().abs().max().item()
+    say(f"start-up margins: largest |log-ratio| {found:.1e} nats (rounding bound {bound:.1e})")
+    if not found <= 10 * bound:
+        raise UserError(
+            f"policy and reference differ by {found:.3g} nats before training, ten times what rounding explains "
+            f"({bound:.1e}): the reference is not the starting policy. If that is meant, name it with "
+            "`reference.model` (or `ref_model`); otherwise look for dropout, hooks or weights changed by hand."
+        )
+
+
+def _unit_roundoff(trainer: PreferenceTrainer, model: nn.Module) -> float:
+    mixed = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(trainer.accelerator.mixed_precision)
+    dtype = next(parameter.dtype for parameter in model.parameters() if parameter.is_floating_point())
+    return max(torch.finfo(dtype).eps, torch.finfo(mixed).eps if mixed else 0.0)

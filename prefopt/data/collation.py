@@ -1,0 +1,106 @@
+"""Token rows -> a gather plan: the ids the backbone reads, and the flat list of positions that are scored.
+
+Letters: `B` rows, `C` completions, `R` backbone rows, `T` padded length, `M` scored tokens. Completions come chosen (or
+desirable) first, so each side of every view is a slice. Prompt and padding positions appear in no list: they never
+meet the vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+Row = Mapping[str, Any]
+Batch = dict[str, Any]
+
+# The part of a batch that the model's forward takes; the rest says what the scores mean.
+MODEL_KEYS = ("input_ids", "attention_mask", "source", "target")
+
+
+@dataclass(frozen=True)
+class _Completion:
+    prompt: np.ndarray
+    ids: np.ndarray
+    scored: np.ndarray
+
+
+@dataclass(frozen=True)
+class Collator:
+    """Builds the batch of a list of token rows; an empty list gives one unscored row, so that every rank can take part.
+
+    The batch holds `input_ids`, `attention_mask` `[R,T]` (padded on the right), `source` `[M]` (index into the
+    flattened `R*T` hidden states that predicts the token), `target` `[M]`, `sequence` `[M]` (completion), `columns`
+    (`{name: [B]}`), `row` `[B]` (position in the source), and the numbers `paired`, `size`, `desirable_size`,
+    `desirable_tokens` and `tokens` (all that is read, padding left out). Unpaired rows are put in the order of their
+    completions. With `all_completions=False` only chosen (desirable) ones are laid out.
+    """
+
+    pad_token_id: int = 0
+    paired: bool = True
+    all_completions: bool = True
+    columns: tuple[str, ...] = ()
+    pad_to_multiple_of: int = 1
+
+    def __call__(self, rows: Sequence[Row]) -> Batch:
+        rows = sorted(rows, key=lambda row: not row.get("desirable", True))
+        desirable, other = self._sides(rows)
+        completions = desirable + other
+        batch = self._lay_out(completions)
+        lengths = [int(completion.scored.sum()) for completion in completions]
+        batch["sequence"] = torch.from_numpy(np.repeat(np.arange(len(completions)), lengths))
+        batch["columns"] = {name: torch.tensor([row["columns"][name] for row in rows]) for name in self.columns}
+        batch["row"] = torch.tensor([row["row"] for row in rows], dtype=torch.int64)
+        batch["paired"] = self.paired
+        batch["size"] = len(completions)
+        batch["desirable_size"] = len(desirable)
+        batch["desirable_tokens"] = sum(lengths[: len(desirable)])
+        batch["tokens"] = sum(len(c.prompt) + len(c.ids) for c in completions)
+        return batch
+
+    def _sides(self, rows: Sequence[Row]) -> tuple[list[_Completion], list[_Completion]]:
+        desirable: list[_Completion] = []
+        other: list[_Completion] = []
+        for row in rows:
+            if self.paired:
+                desirable.append(_completion(row, "chosen"))
+                other.append(_completion(row, "rejected"))
+            else:
+                (desirable if row["desirable"] else other).append(_completion(row, "completion"))
+        return desirable, other if self.all_completions else []
+
+    def _lay_out(self, completions: Sequence[_Completion]) -> Batch:
+        lengths = [len(c.prompt) + len(c.ids) for c in completions] or [1]
+        width = -(-max(lengths) // self.pad_to_multiple_of) * self.pad_to_multiple_of
+        ids = np.full((len(lengths), width), self.pad_token_id, dtype=np.int64)
+        mask = np.zeros((len(lengths), width), dtype=np.int64)
+        mask[0, 0] = 1  # the unscored row of an empty batch still attends to one token
+        source, target = [np.zeros(0, dtype=np.int64)], [np.zeros(0, dtype=np.int64)]
+        for index, completion in enumerate(completions):
+            start, stop = len(completion.prompt), lengths[index]
+            ids[index, :start], ids[index, start:stop] = completion.prompt, completion.ids
+            mask[index, :stop] = 1
+            scored = np.flatnonzero(completion.scored)
+            # The hidden state at position t - 1 predicts the token at t.
+            source.append(index * width + start + scored - 1)
+            target.append(completion.ids[scored].astype(np.int64))
+        return {
+            "input_ids": torch.from_numpy(ids),
+            "attention_mask": torch.from_numpy(mask),
+            "source": torch.from_numpy(np.concatenate(source)),
+            "target": torch.from_numpy(np.concatenate(target)),
+        }
+
+
+def row_length(row: Row) -> int:
+    """Tokens the backbone reads for a row in the plain layout: what rows are grouped by."""
+    sides = [name for name in ("chosen_ids", "rejected_ids", "completion_ids") if name in row]
+    return sum(len(row["prompt_ids"]) + len(row[name]) for name in sides)
+
+
+def _completion(row: Row, side: str) -> _Completion:
+    return _Completion(*(np.asarray(row[key]) for key in ("prompt_ids", f"{side}_ids", f"{side}_scored")))
+

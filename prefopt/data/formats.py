@@ -1,0 +1,277 @@
+"""From a raw row to an `Example`: one table of formats, every rule a row must keep, and the columns a loss declares.
+
+The format is decided for each row from its column names; text or conversation is decided from its values. All rows of
+a source must agree, so a file that mixes them is refused at the first row that differs.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from prefopt.data.json_rows import parse_json
+from prefopt.data.messages import (
+    Message,
+    check_answer,
+    check_messages,
+    check_not_empty,
+    check_text,
+    split_messages,
+    split_text,
+)
+from prefopt.data.problems import BadRow, Flaw, RawRow, Where, kind_of, shown
+from prefopt.errors import DataError, nearest
+
+Part = str | list[Message]
+
+
+@dataclass(frozen=True)
+class Format:
+    """A way to write a row: its columns, and whether a row is a pair or one labelled answer."""
+
+    name: str
+    columns: tuple[str, ...]
+    paired: bool
+
+    @property
+    def answers(self) -> tuple[str, ...]:
+        """The columns that hold answers."""
+        return ("chosen", "rejected") if self.paired else ("completion",)
+
+
+FORMATS = (
+    Format("pairs", ("prompt", "chosen", "rejected"), paired=True),
+    Format("pairs with the prompt inside the answers", ("chosen", "rejected"), paired=True),
+    Format("labelled answers", ("prompt", "completion", "label"), paired=False),
+)
+NOWHERE = Where("rows", 0)
+MISSPELT = 0.85  # similarity above which an unknown column is taken for a misspelt one; `prompt_id` is below
+
+
+@dataclass(frozen=True)
+class Example:
+    """One pair (`chosen`, `rejected`) or one labelled answer (`completion`, `desirable`) to `prompt`.
+
+    All parts are texts, or all are lists of messages. `example_id` depends on these parts, `tools` and
+    `chat_template_kwargs`, and on nothing else; `columns` holds every other column of the row as it was read.
+    """
+
+    example_id: str
+    prompt: Part
+    chosen: Part | None = None
+    rejected: Part | None = None
+    completion: Part | None = None
+    desirable: bool | None = None
+    tools: list[Any] | None = None
+    chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
+    columns: dict[str, Any] = field(default_factory=dict)
+    where: Where = NOWHERE
+
+    @property
+    def paired(self) -> bool:
+        """Whether this is a pair."""
+        return self.completion is None
+
+    @property
+    def kind(self) -> str:
+        """How the parts are written: `text` or `chat`."""
+        return "text" if isinstance(self.prompt, str) else "chat"
+
+    @property
+    def answers(self) -> list[Part]:
+        """Chosen and rejected, or the completion."""
+        return [part for part in (self.chosen, self.rejected, self.completion) if part is not None]
+
+
+def make_example(prompt: Part, *, where: Where, columns: dict[str, Any], **parts: Any) -> Example:
+    """An example with its id: 16 hex digits of SHA-256 over the parts as canonical JSON, absent parts left out."""
+    said = {"prompt": prompt, **{name: value for name, value in parts.items() if value not in (None, {})}}
+    text = json.dumps(said, sort_keys=True, ensure_ascii=False, separators=(",", ":"), default=str)
+    example_id = hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]
+    return Example(example_id, prompt, where=where, columns=columns, **parts)
+
+
+def unpair(example: Example) -> tuple[Example, Example]:
+    """A pair as two labelled answers, desirable first, each with the row's columns."""
+    shared = {"tools": example.tools, "chat_template_kwargs": example.chat_template_kwargs}
+    good, bad = (
+        make_example(example.prompt, completion=answer, desirable=desirable, where=example.where,
+                     columns=dict(example.columns), **shared)
+        for answer, desirable in ((example.chosen, True), (example.rejected, False))
+    )  # fmt: skip
+    return good, bad
+
+
+class RowParser:
+    """Turns the rows of one source into examples. The first good row says how the source is written."""
+
+    def __init__(self) -> None:
+        self._format: Format | None = None
+        self._first: Example | None = None
+
+    def parse(self, row: RawRow) -> Example:
+        """The row's example. Raises `BadRow` when the row breaks a rule, `DataError` when the source mixes kinds."""
+        try:
+            format = find_format(row.values, self._format)
+            example = parse_row(row.values, format, row.where)
+        except Flaw as flaw:
+            raise BadRow(flaw.at(row.where)) from None
+        if self._format is None or self._first is None:
+            self._format, self._first = format, example
+        self._check_same(example, self._first, format, self._format)
+        return example
+
+    def _check_same(self, example: Example, first: Example, format: Format, first_format: Format) -> None:
+        if format is not first_format:
+            message = f"this row is written as {format.name}, {first.where} as {first_format.name}"
+        elif example.kind != first.kind:
+            names = {"text": "text", "chat": "messages"}
+            message = f"this row is {names[example.kind]}, {first.where} is {names[first.kind]}"
+        else:
+            return
+        problem = Flaw("mixed_kinds", message, first_format.answers[0]).at(example.where)
+        raise DataError(f"{problem} Split the file, and name the parts as entries of a mixture.")
+
+
+# Which format
+
+
+def find_format(values: dict[str, Any], expected: Format | None = None) -> Format:
+    """The format whose columns the row has. Raises `Flaw` for a missing or misspelt column.
+
+    With `expected`, a row that lacks one of its columns is refused for that, even where a shorter format would fit.
+    """
+    fitting = [format for format in FORMATS if set(format.columns) <= values.keys()]
+    if not fitting:
+        raise _missing(values, expected or _closest_format(values))
+    format = fitting[0]
+    if expected and set(format.columns) < set(expected.columns):
+        raise _missing(values, expected)
+    if "prompt" not in format.columns:
+        _refuse_misspelt(values, "prompt")
+    return format
+
+
+def _closest_format(values: dict[str, Any]) -> Format:
+    def likeness(format: Format) -> int:
+        return sum(2 if name in values else 1 if _misspelt(name, values) else 0 for name in format.columns)
+
+    return max(FORMATS, key=likeness)
+
+
+def _missing(values: dict[str, Any], format: Format) -> Flaw:
+    column = next(name for name in format.columns if name not in values)
+    _refuse_misspelt(values, column)
+    present = ", ".join(f"`{name}`" for name in values) or "none"
+    message = f"the column is missing from {format.name}; the row has {present}.{nearest(column, values)}"
+    return Flaw("missing_column", message, column)
+
+
+def _refuse_misspelt(values: dict[str, Any], column: str) -> None:
+    if found := _misspelt(column, values):
+        raise Flaw("misspelt_column", f"the column is not known. Did you mean `{column}`?", found)
+
+
+def _misspelt(column: str, values: Iterable[str]) -> str | None:
+    """An unknown column of the row that is nearly `column`."""
+    known = {name for format in FORMATS for name in format.columns}
+    unknown = {name.strip().lower(): name for name in values if name not in known}
+    close = difflib.get_close_matches(column, unknown, n=1, cutoff=MISSPELT)
+    return unknown[close[0]] if close else None
+
+
+# What a row says
+
+
+def parse_row(values: dict[str, Any], format: Format, where: Where) -> Example:
+    """The example that the row's values make in this format. Raises `Flaw` at the first broken rule."""
+    parts = {name: _part(name, values[name]) for name in format.columns if name != "label"}
+    _check_one_kind(parts)
+    if format.paired and parts["chosen"] == parts["rejected"]:
+        raise Flaw("identical_pair", "it is the same as `chosen`", "rejected")
+    if "prompt" not in parts:
+        parts = _with_prompt(parts)
+    prompt = parts["prompt"]
+    for name in format.answers:
+        answer = parts[name]
+        if isinstance(answer, list) and isinstance(prompt, list):
+            check_answer(name, answer, prompt)
+    chat = isinstance(prompt, list)
+    said: dict[str, Any] = {name: parts[name] for name in format.answers}
+    if not format.paired:
+        said["desirable"] = _label(values["label"])
+    said["tools"] = _tools(values.get("tools"), chat)
+    said["chat_template_kwargs"] = _template_kwargs(values.get("chat_template_kwargs"), chat)
+    used = {*format.columns, "tools", "chat_template_kwargs"}
+    columns = {name: value for name, value in values.items() if name not in used}
+    return make_example(prompt, where=where, columns=columns, **said)
+
+
+def _part(column: str, value: Any) -> Part:
+    if value is None:
+        kind = "null_prompt" if column == "prompt" else "null_answer"
+        raise Flaw(kind, "the value is null", column)
+    if isinstance(value, list):
+        return check_messages(column, value)
+    if not isinstance(value, str):
+        raise Flaw("wrong_type", f"the value is {kind_of(value)}, neither text nor messages", column)
+    check_text(column, value)
+    if column != "prompt":
+        check_not_empty(column, value)
+    return value
+
+
+def _check_one_kind(parts: dict[str, Part]) -> None:
+    texts = [name for name, part in parts.items() if isinstance(part, str)]
+    lists = [name for name in parts if name not in texts]
+    if texts and lists:
+        message = f"the column is text while `{lists[0]}` is messages"
+        if texts == ["prompt"]:
+            message += "; if the messages hold the prompt too, leave this column out with `columns:`"
+        raise Flaw("mixed_kinds", message, texts[0])
+
+
+def _with_prompt(parts: dict[str, Part]) -> dict[str, Part]:
+    chosen, rejected = parts["chosen"], parts["rejected"]
+    split: Sequence[Part]
+    if isinstance(chosen, str) and isinstance(rejected, str):
+        split = split_text(chosen, rejected)
+    elif isinstance(chosen, list) and isinstance(rejected, list):
+        split = split_messages(chosen, rejected)
+    return dict(zip(("prompt", "chosen", "rejected"), split, strict=True))
+
+
+def _label(value: Any) -> bool:
+    if not isinstance(value, (bool, int, float)) or value not in (0, 1):
+        raise Flaw("bad_label", f"the label is {shown(value)}, neither true nor false", "label")
+    return bool(value)
+
+
+def _tools(value: Any, chat: bool) -> list[Any] | None:
+    if value is None:
+        return None
+    if isinstance(value, str):
+        try:
+            value = parse_json(value)
+        except Flaw as flaw:
+            raise Flaw("bad_tools", f"the text is not JSON: {flaw.message}", "tools") from None
+    if not isinstance(value, list) or not all(isinstance(tool, dict) for tool in value):
+        raise Flaw("bad_tools", "the value is not a list of objects", "tools")
+    if value and not chat:
+        raise Flaw("bad_tools", "tools go with messages, and this row is text", "tools")
+    return value or None
+
+
+def _template_kwargs(value: Any, chat: bool) -> dict[str, Any]:
+    column = "chat_template_kwargs"
+    if value is None:
+        return {}
+    if not isinstance(value, dict) or not all(isinstance(name, str) for name in value):
+        raise Flaw("bad_template_kwargs", f"the value is {kind_of(value)}, not an object", column)
+    if value and not chat:
+        raise Flaw("bad_template_kwargs", "template arguments go with messages, and this row is text", column)
+    return dict(value)

@@ -1,0 +1,83 @@
+"""From what a user passes as data to the `TokenDataset` a trainer reads, with a printed account of what was left out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from prefopt.data.dataset import TokenDataset
+from prefopt.data.formats import Example
+from prefopt.data.problems import DataReport
+from prefopt.data.sources import load_examples, load_train_test
+from prefopt.data.spec import DataSpec
+from prefopt.data.tokenization import TokenSettings, tokenize_examples
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from prefopt.config import PreferenceConfig
+
+# A row's weight multiplies its loss, whatever the loss is.
+WEIGHT = "weight"
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """How raw rows become token rows: the tokenizer, the settings of a run, and what its losses declare.
+
+    `paired`: True when a loss compares two answers, None when any kind of row will do. `say` receives the lines of the
+    reports.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    args: PreferenceConfig
+    columns: tuple[str, ...] = ()
+    optional_columns: tuple[str, ...] = ()
+    paired: bool | None = None
+    say: Callable[..., None] = print
+
+    def train_and_test(self, spec: DataSpec) -> tuple[TokenDataset, TokenDataset | None]:
+        """Training rows and, where the source has some or sets some aside, test rows."""
+        train, test = load_train_test(spec, **self._rules())
+        rows = self._tokens(train.examples, train.report, "train")
+        return rows, None if test is None else self._tokens(test.examples, test.report, "test")
+
+    def one(self, rows: Any, title: str) -> TokenDataset:
+        """A data set, list of rows or `TokenDataset` as a `TokenDataset`."""
+        if isinstance(rows, TokenDataset):
+            return rows
+        loaded = load_examples(DataSpec(rows=rows, rows_name=title), **self._rules())
+        return self._tokens(loaded.examples, loaded.report, title)
+
+    def any(self, rows: Any, title: str) -> Any:
+        """As `one`, also for None and for a dict of data sets by name."""
+        if rows is None:
+            return None
+        if isinstance(rows, Mapping):
+            return {name: self.one(part, name) for name, part in rows.items()}
+        return self.one(rows, title)
+
+    def _rules(self) -> dict[str, Any]:
+        return {
+            "on_bad_row": self.args.on_bad_row,
+            "max_bad_rows": self.args.max_bad_rows,
+            "paired": self.paired,
+            "required_columns": self.columns,
+            "optional_columns": (*self.optional_columns, WEIGHT),
+            "special_tokens": self.tokenizer.all_special_tokens,
+        }
+
+    def _tokens(self, examples: Sequence[Example], report: DataReport, title: str) -> TokenDataset:
+        args = self.args
+        settings = TokenSettings(
+            max_length=args.max_length,
+            truncation_mode=args.truncation_mode,
+            cut_answers=args.cut_answers,
+            min_prompt_tokens=args.min_prompt_tokens,
+            max_dropped=args.max_dropped,
+        )
+        optional = (*self.optional_columns, WEIGHT)
+        tokens = tokenize_examples(examples, self.tokenizer, settings, self.columns, optional)
+        self.say(*(f"{title}: {line}" for line in (*report.lines(), *tokens.report.lines())))
+        return TokenDataset(tokens.rows, {"data": report.as_dict(), "tokens": tokens.report.as_dict()})

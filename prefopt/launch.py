@@ -1,0 +1,91 @@
+"""What was launched, compared with what was asked for.
+
+On a CPU accelerate starts one process for `--cpu --num_processes 2` and for `distributed_type: MULTI_CPU`, and runs
+`distributed_type: FSDP` as plain DDP, each without a word. A run that is not what its user thinks is refused here.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import torch
+import yaml
+from accelerate import Accelerator
+from accelerate.commands.config.config_args import default_config_file
+from accelerate.commands.launch import launch_command_parser
+
+from prefopt.errors import UserError
+
+_SHARDED = ("FSDP", "DEEPSPEED")
+
+
+@dataclass(frozen=True)
+class Launch:
+    """What a launcher was told: processes in all, and the kind of distribution, where it was told."""
+
+    num_processes: int | None = None
+    distributed_type: str | None = None
+
+
+def asked_for() -> Launch:
+    """What `accelerate launch`, if it is our parent, was asked to start; an empty `Launch` otherwise."""
+    try:
+        command = psutil.Process(os.getppid()).cmdline()
+    except psutil.Error:
+        return Launch()
+    return parse_launch(command)
+
+
+def parse_launch(command: Sequence[str]) -> Launch:
+    """Read a launcher's command line, and the configuration file it names or falls back to."""
+    words = list(command)
+    if not any("accelerate" in Path(word).name for word in words[:3]) or "launch" not in words:
+        return Launch()
+    arguments, _ = launch_command_parser().parse_known_args(words[words.index("launch") + 1 :])
+    settings = _config_file(arguments.config_file, arguments.cpu)
+    kind = settings.get("distributed_type")
+    if arguments.use_fsdp or arguments.use_deepspeed:
+        kind = "FSDP" if arguments.use_fsdp else "DEEPSPEED"
+    return Launch(arguments.num_processes or settings.get("num_processes"), kind)
+
+
+def check_launch(accelerator: Accelerator, asked: Launch) -> str:
+    """One line that says what runs. Raises `UserError` when it is not what was asked for."""
+    running = accelerator.num_processes
+    kind = accelerator.distributed_type.value
+    if asked.num_processes is not None and asked.num_processes != running:
+        raise UserError(
+            f"launch: {asked.num_processes} processes were asked for and {running} run(s). On a CPU, `--cpu` and "
+            "MULTI_CPU start only one: use `--config_file configs/accelerate/cpu2.yaml`, or `torchrun "
+            "--nproc_per_node 2 scripts/train.py ...`."
+        )
+    if asked.distributed_type in _SHARDED and kind != asked.distributed_type:
+        raise UserError(
+            f"launch: {asked.distributed_type} was asked for and {kind} runs, so nothing would be sharded. It needs "
+            "accelerators; on a CPU use `--config_file configs/accelerate/cpu2.yaml`."
+        )
+    _refuse_unsupported(accelerator)
+    device = torch.cuda.get_device_name() if accelerator.device.type == "cuda" else accelerator.device.type
+    return f"launch: {running} process(es), {kind}, {device}, mixed precision {accelerator.mixed_precision}"
+
+
+def _refuse_unsupported(accelerator: Accelerator) -> None:
+    parallel = getattr(accelerator, "parallelism_config", None)
+    for name in ("tp_size", "cp_size", "sp_size"):
+        if parallel is not None and getattr(parallel, name, 1) > 1:
+            raise UserError(
+                f"launch: `{name}` above 1 splits a sequence or a layer over ranks, and a step's rows are dealt to all "
+                "ranks here: use data parallelism (DDP, FSDP, ZeRO)."
+            )
+
+
+def _config_file(path: str | None, cpu: bool) -> dict[str, object]:
+    """The launcher's settings: the file named, else the user's default one, which `--cpu` ignores."""
+    file = Path(path or default_config_file)
+    if not file.is_file() or (path is None and cpu):
+        return {}
+    return yaml.safe_load(file.read_text()) or {}

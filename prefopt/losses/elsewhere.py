@@ -1,0 +1,55 @@
+"""Names people type that are no loss here, and what to write instead. `<name>` stands for a loss of this room."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection
+
+_SENTENCES = {
+    "sdpo": (
+        "`{}` is the name of three methods, so it is refused: segment-level SDPO (arXiv 2501.01821) is the loss "
+        "<segment_dpo>; stepwise sDPO (arXiv 2403.19270) is the procedure `stepwise` around any pair loss; "
+        "self-distillation policy optimisation (arXiv 2601.20802, `sdpo` in TRL) is online RL and not part of prefopt."
+    ),
+    "rpo": (
+        "`{}` names several methods, so it is refused: DPO with a likelihood term (arXiv 2404.19733, 2405.16436) is a "
+        "mixture of <dpo> and <sft>; reward-aware preference optimisation (arXiv 2406.11704) is not part of prefopt."
+    ),
+    "tdpo": "`{}` is two losses: <tdpo1> and <tdpo2> (both arXiv 2404.11999; its authors recommend the second).",
+    "r_dpo": "`{}` is length-regularised DPO (arXiv 2403.19159), not part of prefopt; robust DPO is <rdpo>.",
+    "spin": "`{}` is a procedure (arXiv 2401.01335): write it under `procedure:`, with the loss <dpo>.",
+    "stepwise": "`{}` is a procedure (sDPO, arXiv 2403.19270): write it under `procedure:`, with any pair loss.",
+    "online": "`{}` is a procedure: write it under `procedure:`, with any pair loss.",
+}
+
+# Only names that differ: `hinge`, `ipo`, `apo_zero`, `discopop` and others are called the same.
+_IN_TRL = {
+    "sigmoid": "dpo",
+    "sigmoid_norm": "dpo_norm",
+    "robust": "rdpo",
+    "exo_pair": "exo",
+    "nca_pair": "nca",
+    "bco_pair": "bco",
+    "sppo_hard": "sppo",
+    "kto_pair": "kto",
+    "aot_pair": "aot",
+}
+
+
+def explain(name: str, registered: Collection[str]) -> str:
+    """What `name` means and what to write instead; empty when nothing is known of it."""
+    key = name.lower().replace("-", "_")
+    if key in _IN_TRL:
+        target = _IN_TRL[key]
+        return f"TRL's `{name}` is `{target}` here{'.' if target in registered else ', but not in this version.'}"
+    sentence = _SENTENCES.get(key, "").format(name)
+    return re.sub(r"<(\w+)>", lambda found: _here(found[1], registered), sentence)
+
+
+def is_taken(name: str) -> bool:
+    """Whether `name` means something else already, so that no loss may register it."""
+    return name in _SENTENCES or name in _IN_TRL
+
+
+def _here(name: str, registered: Collection[str]) -> str:
+    return f"`{name}`" if name in registered else f"`{name}` (not in this version)"

@@ -1,0 +1,67 @@
+"""A loss from a user's own file, `--plugin my_loss.py`: from then on it is a loss like any other."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import os
+import sys
+import traceback
+from pathlib import Path
+from types import ModuleType
+
+from prefopt.errors import UserError
+from prefopt.losses.registry import forget, registered_by
+
+
+def load_plugin(path: str | os.PathLike[str]) -> list[str]:
+    """Run a Python file and give the names of the losses it registered.
+
+    Loading the same file again replaces its losses. `UserError` when the file is missing, does not run, or registers
+    nothing.
+    """
+    file = Path(path).expanduser().resolve()
+    if not file.is_file():
+        raise UserError(f"plugin {path}: there is no such file (looked at {file})")
+    module = _module(file)
+    _run(module, file)
+    found = registered_by(module.__name__)
+    if not found:
+        raise UserError(
+            f'plugin {file}: it registers no loss. Put @register("my_name"), from prefopt.losses, above the class.'
+        )
+    return found
+
+
+def _module(file: Path) -> ModuleType:
+    """An empty module for the file, under a name that two files never share and one file keeps."""
+    name = f"prefopt_plugin_{hashlib.sha256(str(file).encode()).hexdigest()[:16]}"
+    spec = importlib.util.spec_from_file_location(name, file)
+    if spec is None:
+        raise UserError(f"plugin {file}: it is not a Python file (.py)")
+    return importlib.util.module_from_spec(spec)
+
+
+def _run(module: ModuleType, file: Path) -> None:
+    # Type hints of the knobs are looked up in sys.modules, so the module must be there before its classes are made.
+    sys.modules[module.__name__] = module
+    try:
+        assert module.__spec__ is not None and module.__spec__.loader is not None
+        module.__spec__.loader.exec_module(module)
+    except Exception as fault:
+        forget(module.__name__)
+        del sys.modules[module.__name__]
+        raise UserError(f"plugin {file}{_where(fault, file)}: {_what(fault)}") from fault
+
+
+def _where(fault: Exception, file: Path) -> str:
+    if isinstance(fault, SyntaxError):
+        return f":{fault.lineno}"
+    lines = [frame.lineno for frame in traceback.extract_tb(fault.__traceback__) if frame.filename == str(file)]
+    return f":{lines[-1]}" if lines else ""
+
+
+def _what(fault: Exception) -> str:
+    if isinstance(fault, SyntaxError):
+        return f"not valid Python: {fault.msg}"
+    return str(fault) if isinstance(fault, UserError) else f"{type(fault).__name__}: {fault}"

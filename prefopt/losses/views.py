@@ -1,0 +1,143 @@
+"""Views: the scores of a micro-batch as a loss wants to see them, with what it declared and nothing else.
+
+Completions come desirable first. On paired data `[0:B]` are the chosen answers and `[B:2B]` the rejected ones, row by
+row, and a column holds one number for each pair. On unpaired data a column holds one number for each completion.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from prefopt.errors import DataError
+from prefopt.losses.base import Needs
+from prefopt.scoring.scores import TokenScores
+
+
+class UndeclaredColumn(LookupError):
+    """A loss read a column that its `needs` do not declare, so no data was ever checked for it."""
+
+
+class Columns(Mapping[str, Tensor]):
+    """Columns by name. An absent optional column is a `KeyError`, so `get` gives None; an undeclared one raises."""
+
+    def __init__(self, values: Mapping[str, Tensor], declared: Collection[str]) -> None:
+        self._values = {name: value for name, value in values.items() if name in declared}
+        self._declared = frozenset(declared)
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self._declared:
+            raise UndeclaredColumn(f"column `{name}` was read but not declared: add it to the loss's `needs`")
+        return self._values[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._values)
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+
+@dataclass(frozen=True, eq=False)
+class Pairs:
+    """`B` pairs: `chosen` and `rejected` hold `B` completions each, in the same order; columns are `[B]`."""
+
+    chosen: TokenScores
+    rejected: TokenScores
+    columns: Mapping[str, Tensor] = field(default_factory=dict)
+    estimates: Mapping[str, Tensor | float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.chosen.size != self.rejected.size:
+            raise ValueError(f"{self.chosen.size} chosen completions against {self.rejected.size} rejected ones")
+
+    def units(self, unit: str) -> int:
+        """How many values a loss of this unit gives for this view."""
+        return {"pair": self.chosen.size}[unit]
+
+
+@dataclass(frozen=True, eq=False)
+class Completions:
+    """Single answers: `scores` of `size` completions, `desirable` `[size]` bool (None: unknown), columns `[size]`."""
+
+    scores: TokenScores
+    desirable: Tensor | None = None
+    columns: Mapping[str, Tensor] = field(default_factory=dict)
+    estimates: Mapping[str, Tensor | float] = field(default_factory=dict)
+
+    def units(self, unit: str) -> int:
+        """How many values a loss of this unit gives for this view."""
+        return {"completion": self.scores.size, "token": self.scores.sequence.shape[0]}[unit]
+
+
+def check_rows(needs: Needs, *, paired: bool, columns: Collection[str], name: str = "this loss") -> None:
+    """`DataError` when data of this kind with these columns cannot feed the loss; asked before a model is loaded."""
+    if needs.view == "pairs" and not paired:
+        raise DataError(
+            f"`{name}` compares two answers to one prompt, but the data has single answers. "
+            "Give pairs (prompt, chosen, rejected), or choose a loss that reads single answers."
+        )
+    for column in needs.columns:
+        if column not in columns:
+            raise DataError(f"`{name}` needs a column `{column}`, a number for each row; the data has no such column.")
+
+
+def build_view(
+    needs: Needs,
+    scores: TokenScores,
+    *,
+    paired: bool,
+    desirable_size: int,
+    desirable_tokens: int,
+    columns: Mapping[str, Tensor],
+    estimates: Mapping[str, Tensor | float] | None = None,
+    name: str = "this loss",
+) -> Pairs | Completions:
+    """The view that `needs` asks for.
+
+    The first `desirable_size` completions of `scores`, which own the first `desirable_tokens` tokens, are the chosen or
+    desirable ones. `columns` are per row. No gradient reaches the reference or the columns. `DataError` when the data
+    cannot feed the loss, `ValueError` when the pieces do not fit each other.
+    """
+    check_rows(needs, paired=paired, columns=columns, name=name)
+    declared = _declared(needs, scores)
+    desirable = declared.slice(slice(0, desirable_size), slice(0, desirable_tokens))
+    wanted = needs.columns + needs.optional_columns
+    laid_out = {
+        column: per_unit(values.detach(), needs, paired=paired, desirable_size=desirable_size)
+        for column, values in columns.items()
+        if column in wanted
+    }
+    given = dict(estimates or {})
+    if needs.view == "pairs":
+        rest = slice(desirable_size, scores.size), slice(desirable_tokens, scores.sequence.shape[0])
+        _check_lengths(laid_out, desirable_size)
+        return Pairs(desirable, declared.slice(*rest), Columns(laid_out, wanted), given)
+    held = desirable if needs.completions == "desirable" else declared
+    _check_lengths(laid_out, held.size)
+    flags = torch.arange(held.size, device=scores.sequence.device) < desirable_size
+    return Completions(held, flags, Columns(laid_out, wanted), given)
+
+
+def per_unit(values: Tensor, needs: Needs, *, paired: bool, desirable_size: int) -> Tensor:
+    """Numbers per row, `[B]`, laid out as the pairs or the completions of the view."""
+    if needs.view == "pairs":
+        return values
+    if needs.completions == "desirable":
+        return values[:desirable_size]
+    return torch.cat([values, values]) if paired else values
+
+
+def _declared(needs: Needs, scores: TokenScores) -> TokenScores:
+    reference = () if needs.reference == "none" else ("ref_logp",)
+    kept = scores.only(needs.statistics + reference)
+    values = {name: value.detach() if name == "ref_logp" else value for name, value in kept.statistics.items()}
+    return TokenScores(kept.size, kept.sequence, token_weight=kept.token_weight, **values)
+
+
+def _check_lengths(columns: Mapping[str, Tensor], size: int) -> None:
+    for name, values in columns.items():
+        if values.shape != (size,):
+            raise ValueError(f"column `{name}` has shape {tuple(values.shape)}, the view holds {size} rows")

@@ -1,0 +1,119 @@
+"""Opening what a run trains: tokenizer, policy, adapters, and the dropout policy. The only place that loads weights."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from peft import PeftConfig, PeftModel, get_peft_model
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from prefopt.config import PreferenceConfig
+from prefopt.errors import UserError
+from prefopt.scoring.model import enable_scoring, refuse_unsupported
+
+DTYPES = {"auto": "auto", "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def load_tokenizer(source: str | nn.Module, *, revision: str | None = None, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """The tokenizer at a local folder or a Hub name, or of a loaded model. Raises `UserError` when there is none."""
+    name = source if isinstance(source, str) else source.config._name_or_path
+    if not name:
+        raise UserError("the model was not loaded from a folder or the Hub: pass its tokenizer as `processing_class`")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise UserError(f"model_name_or_path: no tokenizer could be loaded from `{name}`. {_first_line(error)}") from error
+    return complete_tokenizer(tokenizer)
+
+
+def complete_tokenizer(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """Give a tokenizer without a pad token its end token: padding is masked by position, so the id never matters."""
+    if tokenizer.eos_token is None:
+        raise UserError("the tokenizer has no end-of-sequence token: set `eos_token`, or answers can never end")
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def open_model(model: str | nn.Module, args: PreferenceConfig, quantization_config: Any = None) -> nn.Module:
+    """A model given to the trainer: as it is, or loaded by its name with `args.model_init_kwargs`."""
+    if not isinstance(model, str):
+        if quantization_config is not None:
+            raise UserError("`quantization_config` has no effect on a model that is already loaded: give its name")
+        return model
+    return load_model(model, quantization_config=quantization_config, **(args.model_init_kwargs or {}))
+
+
+def load_model(name: str, *, dtype: str = "float32", **options: Any) -> PreTrainedModel:
+    """The causal language model at a local folder or a Hub name, in float32 unless told otherwise, as TRL does.
+
+    `options` go to `from_pretrained` (`revision`, `attn_implementation`, `quantization_config`, ...). A folder that
+    holds an adapter is opened as its base model with the adapter trainable.
+    """
+    if dtype not in DTYPES:
+        raise UserError(f"dtype: `{dtype}` is not one of {', '.join(DTYPES)}")
+    options = {key: value for key, value in options.items() if value is not None}
+    try:
+        # transformers opens an adapter folder too, but without PEFT's wrapper, which the reference pass needs.
+        model = _load_adapter(name, dtype, options)
+        return model if model is not None else AutoModelForCausalLM.from_pretrained(name, dtype=DTYPES[dtype], **options)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"model_name_or_path: `{name}` could not be loaded. {_first_line(error)}") from error
+
+
+def _load_adapter(name: str, dtype: str, options: dict[str, Any]) -> PeftModel | None:
+    try:
+        config = PeftConfig.from_pretrained(name, revision=options.get("revision"))
+    except (ValueError, OSError):
+        return None
+    base = AutoModelForCausalLM.from_pretrained(
+        config.base_model_name_or_path, dtype=DTYPES[dtype], **{**options, "revision": config.revision}
+    )
+    return PeftModel.from_pretrained(base, name, is_trainable=True)
+
+
+def prepare_policy(
+    model: nn.Module, *, peft_config: PeftConfig | None, disable_dropout: bool, pad_token_id: int | None
+) -> nn.Module:
+    """Make a loaded model the policy: scoring forward, dropout policy, adapters, in the order they need.
+
+    Raises `UserError` when the model cannot be scored or nothing in it would be trained.
+    """
+    if peft_config is not None and isinstance(model, PeftModel):
+        raise UserError("`peft_config` was given for a model that already has an adapter: merge it first, or leave it out")
+    refuse_unsupported(model)
+    enable_scoring(model)
+    if disable_dropout:
+        silence_dropout(model)
+    if peft_config is not None:
+        model = get_peft_model(model, peft_config)
+        refuse_unsupported(model)
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise UserError("the model has no trainable parameter: unfreeze it, or pass `peft_config`")
+    model.config.pad_token_id = pad_token_id
+    return model
+
+
+def silence_dropout(model: nn.Module) -> int:
+    """Set every dropout probability of `model` to 0 and return how many were not; adapters keep what their user set.
+
+    Attention dropout is a number on the module, not an `nn.Dropout`, so both are looked for.
+    """
+    silenced = 0
+    for name, module in model.named_modules():
+        if "lora_dropout" in name:
+            continue
+        if isinstance(module, nn.Dropout):
+            silenced += module.p > 0
+            module.p = 0.0
+        for attribute, value in list(vars(module).items()):
+            if "drop" in attribute and isinstance(value, float) and value > 0:
+                setattr(module, attribute, 0.0)
+                silenced += 1
+    return silenced
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0]

@@ -1,0 +1,100 @@
+"""Runs the stages of a plan in order; what is finished is not done again, what was cut off goes on.
+
+A stage's folder holds `stage.json`: the hash of everything the stage depends on, and, written last, that it is done.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
+
+from prefopt.console import say
+from prefopt.errors import UserError
+from prefopt.procedures.stage import MakeStage, Stage
+
+MARK = "stage.json"
+
+
+def run_plan(stages: Sequence[Stage]) -> Any:
+    """Run what is missing of a plan and return what its last stage returned (None if that was done before).
+
+    Raises `UserError` when a folder holds a stage made with other settings.
+    """
+    result, inputs = None, ""
+    for number, stage in enumerate(stages, start=1):
+        inputs = stage_hash(stage, inputs)
+        title = f"[{number}/{len(stages)}] {stage.name}" if len(stages) > 1 else stage.name
+        if _status(stage.folder, stage.name, inputs) == "done":
+            say(f"{title}: done before, in {stage.folder}")
+            continue
+        say(f"{title}: {stage.folder}")
+        _mark(stage.folder, stage.name, inputs, "started")
+        result = _run(stage)
+        _mark(stage.folder, stage.name, inputs, "done")
+    return result
+
+
+def stage_hash(stage: Stage, before: str) -> str:
+    """SHA-256 over the stage's settings, its local data files, and the hash of the stage before it."""
+    digest = hashlib.sha256(before.encode())
+    if isinstance(stage, MakeStage):
+        digest.update(json.dumps([stage.name, stage.settings], sort_keys=True).encode())
+        return digest.hexdigest()
+    settings = stage.recipe.resolved()
+    # These decide how the work is reported, not what comes out.
+    for name in ("output_dir", "logging_steps", "report_to", "disable_tqdm", "resume_from_checkpoint"):
+        settings.pop(name, None)
+    digest.update(json.dumps(settings, sort_keys=True, default=str).encode())
+    for file in stage.recipe.data.local_files():
+        if file.is_file():
+            digest.update(hashlib.sha256(file.read_bytes()).digest())
+    return digest.hexdigest()
+
+
+def _run(stage: Stage) -> Any:
+    if isinstance(stage, MakeStage):
+        result = [stage.make() if PartialState().is_main_process else None]
+        return broadcast_object_list(result)[0]
+    from prefopt.procedures.train import train
+
+    return train(stage.recipe)
+
+
+def _status(folder: Path, name: str, inputs: str) -> str:
+    """`new`, `started` or `done`, as the main process sees it."""
+    status = [_read_status(folder, name, inputs) if PartialState().is_main_process else None]
+    found = broadcast_object_list(status)[0]
+    if found == "other":
+        raise UserError(
+            f"{folder}: holds a run with another recipe or other data. Choose another output_dir, or delete the folder."
+        )
+    return str(found)
+
+
+def _read_status(folder: Path, name: str, inputs: str) -> str:
+    try:
+        mark = json.loads((folder / MARK).read_text())[name]
+    except (OSError, ValueError, KeyError):
+        return "new"
+    return mark["status"] if mark["inputs"] == inputs else "other"
+
+
+def _mark(folder: Path, name: str, inputs: str, status: str) -> None:
+    state = PartialState()
+    state.wait_for_everyone()
+    if state.is_main_process:
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / MARK
+        marks = json.loads(path.read_text()) if path.is_file() else {}
+        marks[name] = {"status": status, "inputs": inputs}
+        partial = path.with_name("_" + MARK)
+        partial.write_text(json.dumps(marks, indent=2))
+        os.replace(partial, path)
+    state.wait_for_everyone()

@@ -1,0 +1,32 @@
+"""The plain procedure: one run, with a supervised start before it where the recipe asks for one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from prefopt.procedures.stage import Stage, TrainStage, procedure, refuse_unknown
+
+if TYPE_CHECKING:
+    from prefopt.recipe import Recipe
+
+
+@procedure("single")
+def single(recipe: Recipe) -> Sequence[Stage]:
+    """`procedure: {start: {...}}` first trains on the chosen answers with loss `sft`; its keys override the recipe's."""
+    refuse_unknown(recipe, "start")
+    if "start" not in recipe.procedure:
+        return [TrainStage("train", recipe)]
+    return with_start(recipe, recipe.procedure["start"] or {})
+
+
+def with_start(recipe: Recipe, start: dict[str, object]) -> list[Stage]:
+    """A supervised stage in `<output_dir>/start`, then the recipe itself from the model that stage leaves."""
+    folder = f"{recipe.output_dir}/start"
+    supervised = recipe.replace(
+        {"loss": {"name": "sft"}, "loss_weights": None, "reference": None, "use_peft": False, **start},
+        output_dir=folder,
+        procedure={},
+    )
+    main = recipe.replace(model_name_or_path=folder, from_scratch=None, procedure={})
+    return [TrainStage("start", supervised), TrainStage("train", main)]

@@ -1,0 +1,79 @@
+"""A procedure is a plan of stages: data about a run, computed from the recipe alone, before anything is opened."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from prefopt.errors import RecipeError, nearest
+
+if TYPE_CHECKING:
+    from prefopt.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class TrainStage:
+    """One training run: a recipe whose model, data and output folder are this stage's own."""
+
+    name: str
+    recipe: Recipe
+
+    @property
+    def folder(self) -> Path:
+        """Where the stage leaves its model, figures and done mark."""
+        return Path(self.recipe.output_dir)
+
+
+@dataclass(frozen=True)
+class MakeStage:
+    """A step that makes files rather than trains: `make()` writes into `folder` on the main process alone.
+
+    `settings` is what the result depends on beside the stages before it.
+    """
+
+    name: str
+    folder: Path
+    make: Callable[[], Any]
+    settings: dict[str, Any]
+
+
+Stage = TrainStage | MakeStage
+Plan = Callable[["Recipe"], Sequence[Stage]]
+
+_PLANS: dict[str, Plan] = {}
+
+
+def procedure(name: str) -> Callable[[Plan], Plan]:
+    """Register a plan under the name that a recipe's `procedure` block gives."""
+
+    def register(plan: Plan) -> Plan:
+        if name in _PLANS:
+            raise ValueError(f"procedure {name!r} is registered twice")
+        _PLANS[name] = plan
+        return plan
+
+    return register
+
+
+def procedures() -> list[str]:
+    """Names of the procedures, sorted."""
+    return sorted(_PLANS)
+
+
+def make_plan(recipe: Recipe) -> Sequence[Stage]:
+    """The stages of a recipe, in order. Pure: reads no file and opens no model."""
+    name = recipe.procedure.get("name", "single")
+    if name not in _PLANS:
+        known = ", ".join(procedures())
+        raise RecipeError(f"procedure.name: `{name}` is not a procedure.{nearest(name, _PLANS)} Known: {known}.")
+    return _PLANS[name](recipe)
+
+
+def refuse_unknown(recipe: Recipe, *known: str) -> None:
+    """Raise `RecipeError` for a key of the `procedure` block that its plan does not read."""
+    for key in recipe.procedure:
+        if key not in ("name", *known):
+            allowed = ", ".join(("name", *known))
+            raise RecipeError(f"procedure.{key}: not read by this procedure.{nearest(key, known)} It reads {allowed}.")

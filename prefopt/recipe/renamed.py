@@ -1,0 +1,92 @@
+"""Names of older or other trainers that recipes still carry, and what to write instead."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+LOSS_TYPES = {
+    "sigmoid": "dpo",
+    "sigmoid_norm": "dpo_norm",
+    "robust": "rdpo",
+    "exo_pair": "exo",
+    "nca_pair": "nca",
+    "bco_pair": "bco",
+    "sppo_hard": "sppo",
+    "kto_pair": "kto",
+    "aot_pair": "aot",
+}
+"""TRL's `loss_type` values whose loss has another name here."""
+
+RENAMED = {
+    "evaluation_strategy": "eval_strategy",
+    "gradient_checkpointing": "activation_checkpointing",
+    "gradient_checkpointing_kwargs": "activation_checkpointing_kwargs",
+    "max_completion_length": "max_length",
+    "max_prompt_length": "max_length",
+    "max_seq_length": "max_length",
+    "max_target_length": "max_length",
+    "no_cuda": "use_cpu",
+    "per_gpu_eval_batch_size": "per_device_eval_batch_size",
+    "per_gpu_train_batch_size": "per_device_train_batch_size",
+    "preprocessing_num_workers": "dataset_num_proc",
+    "ref_model_name_or_path": "reference.model",
+    "tokenizer": "tokenizer_name_or_path",
+    "tokenizer_name": "tokenizer_name_or_path",
+    "torch_dtype": "dtype",
+    "train_batch_size": "per_device_train_batch_size",
+    "warmup_ratio": "warmup_steps",
+}
+"""Older name -> the name to write."""
+
+NOTES = {
+    "max_completion_length": "It counts prompt and answer together.",
+    "max_prompt_length": "It counts prompt and answer together.",
+    "max_target_length": "It counts prompt and answer together.",
+    "warmup_ratio": "A value below 1 is a share of all steps.",
+}
+"""What to know besides the new name."""
+
+RETIRED = {
+    "activation_offloading": "is not supported. Remove this line.",
+    "dataset_mixer": "write datasets: a list of {path, split, fraction}.",
+    "dataset_mixture": "write datasets: a list of {path, split, fraction}.",
+    "dataset_splits": "write dataset_train_split and dataset_test_split.",
+    "force_use_ref_model": "write reference: {source: live}.",
+    "generate_during_eval": "answers are written by `prefopt evaluate`. Remove this line.",
+    "group_by_length": "write train_sampling_strategy: group_by_length, or random.",
+    "hub_token": "a token does not belong in a recipe. Set HF_TOKEN or run `hf auth login`.",
+    "label_pad_token_id": "padding is never scored. Remove this line.",
+    "local_rank": "the launcher sets it. Remove this line.",
+    "model_adapter_name": "the reference of an adapter is the model without it. Remove this line.",
+    "model_init_kwargs": "write dtype, attn_implementation and model_revision as lines of their own.",
+    "overwrite_output_dir": "a run never overwrites another. Remove this line, or name a new output_dir.",
+    "padding_free": "is not supported; row_layout and train_sampling_strategy save padding. Remove this line.",
+    "padding_value": "padding is never scored. Remove this line.",
+    "parallelism_config": "write it into the config file of `accelerate launch`. Remove this line.",
+    "precompute_ref_batch_size": "is not supported. Remove this line.",
+    "precompute_ref_log_probs": "write reference: {source: auto} to score once, {source: live} to score every step.",
+    "ref_adapter_name": "write reference: {model: ...} with the path of the adapter.",
+    "ref_model_init_kwargs": "write reference: {model: ..., revision: ...}.",
+    "reference_free": "write a loss that needs no reference, such as loss: {name: simpo}.",
+    "rpo_alpha": "write a list of two losses, dpo and sft, and loss_weights.",
+    "sync_ref_model": "is not supported. Remove this line.",
+    "use_logits_to_keep": "only scored positions meet the vocabulary in any case. Remove this line.",
+}
+"""Names that have no single successor -> what to write instead."""
+
+
+def remedy(name: str, value: str | None) -> str | None:
+    """What to write instead of a name from elsewhere, with its value where that stays; None for other names."""
+    if name in RENAMED:
+        shown = f": {value}" if value else ""
+        note = f" {NOTES[name]}" if name in NOTES else ""
+        return f"write {RENAMED[name]}{shown}.{note}"
+    return RETIRED.get(name)
+
+
+def loss_type_remedy(written: str, known: Collection[str]) -> str:
+    """What to write for TRL's `loss_type`; `known` are the losses there are."""
+    name = LOSS_TYPES.get(written, written)
+    if name in known:
+        return f"write loss: {{name: {name}}}."
+    return f"write loss: {{name: ...}} with one of {', '.join(known)}."

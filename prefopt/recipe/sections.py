@@ -1,0 +1,152 @@
+"""The sections of a recipe as frozen dataclasses: every field with its type, default, help, and range or choices."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from glob import glob
+from pathlib import Path
+from typing import Any
+
+from prefopt.config import COUNT, REFERENCE_SOURCES, Range
+from prefopt.data.spec import DataSpec
+
+
+def _setting(default: Any, explain: str, *, choices: tuple[str, ...] = (), within: Range | None = None) -> Any:
+    metadata = {"help": explain, "choices": choices, "range": within}
+    return field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True)
+class ModelSection:
+    """The policy, its tokenizer and its adapter. Names are those of TRL's `ModelConfig`."""
+
+    model_name_or_path: str | None = _setting(None, "The model to start from: a Hub name or a local folder.")
+    model_revision: str | None = _setting(None, "Branch, tag or commit of the model on the Hub.")
+    from_scratch: dict[str, Any] | None = _setting(
+        None, "Instead of model_name_or_path: model_type and fields of its configuration; starts with random weights."
+    )
+    tokenizer_name_or_path: str | None = _setting(None, "The tokenizer, where it is not the model's own.")
+    chat_template_path: str | None = _setting(None, "A file with the chat template, or a tokenizer to take it from.")
+    dtype: str = _setting(
+        "float32", "Precision the weights are loaded in.", choices=("auto", "bfloat16", "float16", "float32")
+    )
+    attn_implementation: str | None = _setting(None, "Attention kernel: sdpa, eager, flash_attention_2, ...")
+    trust_remote_code: bool = _setting(False, "Run Python code that comes with the model.")
+    use_peft: bool = _setting(False, "Train a LoRA adapter instead of all weights.")
+    lora_r: int = _setting(16, "Rank of the adapter.", within=COUNT)
+    lora_alpha: int = _setting(32, "Scale of the adapter.", within=COUNT)
+    lora_dropout: float = _setting(0.05, "Dropout inside the adapter.", within=Range(0, 1, below_high=True))
+    lora_target_modules: str | list[str] | None = _setting(
+        None, "Modules that get an adapter; `all-linear` for every linear one."
+    )
+    lora_modules_to_save: list[str] | None = _setting(None, "Modules trained in full beside the adapter.")
+    use_rslora: bool = _setting(False, "Scale the adapter by lora_alpha / sqrt(lora_r).")
+    use_dora: bool = _setting(False, "Split updates into direction and length (DoRA, arXiv 2402.09353).")
+    load_in_8bit: bool = _setting(False, "Hold the frozen weights in 8 bits; needs use_peft.")
+    load_in_4bit: bool = _setting(False, "Hold the frozen weights in 4 bits; needs use_peft.")
+
+
+@dataclass(frozen=True)
+class DatasetEntry:
+    """One part of a mixture of datasets."""
+
+    path: str | None = _setting(None, "A Hub dataset or a local folder.")
+    name: str | None = _setting(None, "Configuration of a Hub dataset.")
+    data_files: str | list[str] | None = _setting(None, "Files to read, instead of a path or inside it.")
+    split: str = _setting("train", "Split to train on.")
+    test_split: str | None = _setting(None, "Split to evaluate on.")
+    columns: list[str] | None = _setting(None, "Columns to keep; all when not set.")
+    column_names: dict[str, str] | None = _setting(None, "Our column name: the name it has in this part.")
+    fraction: float = _setting(1.0, "Share of the rows to use.", within=Range(0, 1, above_low=True))
+
+
+    def spec(self, *, with_test: bool) -> DataSpec:
+        """What the data room loads for this part."""
+        return DataSpec(
+            path=self.path,
+            name=self.name,
+            data_files=self.data_files,
+            split=self.split,
+            test_split=self.test_split if with_test else None,
+            columns=self.columns,
+            column_names=self.column_names or {},
+            fraction=self.fraction if self.fraction < 1 else None,
+        )
+
+
+@dataclass(frozen=True)
+class DataSection:
+    """Where the rows come from: `dataset_name`, `data_files` (alone, or inside it), or `datasets`, a mixture."""
+
+    dataset_name: str | None = _setting(None, "A Hub dataset or a local folder.")
+    dataset_config: str | None = _setting(None, "Configuration of the Hub dataset.")
+    dataset_train_split: str = _setting("train", "Split to train on.")
+    dataset_test_split: str = _setting("test", "Split to evaluate on.")
+    data_files: str | list[str] | dict[str, Any] | None = _setting(
+        None, "JSON-lines, JSON, CSV or Parquet files: one, a list, or a block with train and test."
+    )
+    datasets: tuple[DatasetEntry, ...] = _setting((), "A mixture: a list of {path, data_files, split, fraction, ...}.")
+    column_names: dict[str, str] | None = _setting(None, "Our column name: the name it has in the data.")
+    test_split_size: float | None = _setting(
+        None, "Share or number of the training rows held back for evaluation.", within=Range(0, above_low=True)
+    )
+
+    @property
+    def has_test_rows(self) -> bool:
+        """Whether the section itself says where evaluation rows come from, beyond the default split of a dataset."""
+        in_files = isinstance(self.data_files, dict) and "test" in self.data_files
+        return in_files or self.test_split_size is not None or any(entry.test_split for entry in self.datasets)
+
+    def spec(self, *, evaluate: bool) -> DataSpec:
+        """What the data room loads. `evaluate`: also the test split that a dataset has by default."""
+        size = self.test_split_size
+        test_split = "test" if isinstance(self.data_files, dict) and "test" in self.data_files else None
+        if self.dataset_name and evaluate and size is None:
+            test_split = self.dataset_test_split
+        return DataSpec(
+            path=self.dataset_name,
+            name=self.dataset_config,
+            data_files=self.data_files,
+            mixture=tuple(entry.spec(with_test=evaluate) for entry in self.datasets),
+            split=self.dataset_train_split,
+            test_split=test_split,
+            test_split_size=int(size) if size is not None and size >= 1 else size,
+            column_names=self.column_names or {},
+        )
+
+    def local_files(self) -> list[Path]:
+        """The files on this machine that the rows come from, patterns and folders opened up, sorted."""
+        parts = [part for entry in self.datasets for part in (entry.path, entry.data_files)]
+        named = [self.dataset_name, self.data_files, *parts]
+        return sorted({path for names in named for path in _files(names)})
+
+
+@dataclass(frozen=True)
+class ReferenceSection:
+    """The frozen model a loss compares with; the starting model when `model` is None."""
+
+    source: str = _setting(
+        "auto",
+        "auto: scored once and kept. live: scored every step. none: there is none.",
+        choices=REFERENCE_SOURCES,
+    )
+    model: str | None = _setting(None, "A Hub name or a local folder.")
+    revision: str | None = _setting(None, "Branch, tag or commit of that model.")
+
+
+@dataclass(frozen=True)
+class LossSpec:
+    """A loss by its registered name, with the knobs that were written; the others keep the loss's own defaults."""
+
+    name: str
+    knobs: dict[str, Any] = field(default_factory=dict)
+
+
+def _files(names: Any) -> list[Path]:
+    """Local files of one name, a list or a block of names; what is not on this machine is left out."""
+    if isinstance(names, dict):
+        names = list(names.values())
+    if isinstance(names, (list, tuple)):
+        return [path for name in names for path in _files(name)]
+    found = [Path(match) for match in glob(names, recursive=True)] if names else []
+    return [path for match in found for path in (match.rglob("*") if match.is_dir() else [match]) if path.is_file()]

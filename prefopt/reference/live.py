@@ -1,0 +1,169 @@
+"""Reference scores computed at the moment they are needed, through the same forward as the policy's."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+import torch
+from accelerate import Accelerator
+from peft import PeftModel
+from torch import Tensor, nn
+
+from prefopt.data.collation import MODEL_KEYS
+from prefopt.errors import UserError
+from prefopt.models import silence_dropout
+from prefopt.scoring.model import enable_scoring
+
+_REFERENCE_ADAPTER = "reference"
+
+
+class Reference(Protocol):
+    """A source of reference scores.
+
+    `is_start` says that the reference is the policy as training begins, so that every margin is 0 there; `summary` is
+    one line for the log.
+    """
+
+    is_start: bool
+    summary: str
+
+    def prepare(self, accelerator: Accelerator) -> None:
+        """Place what the source holds; called once, after the accelerator exists."""
+
+    def scores(self, policy: nn.Module, batch: dict[str, Any]) -> dict[str, Tensor]:
+        """`{"ref_logp": [M]}` for the tokens of `batch`, without gradient; empty when the loss needs none."""
+
+
+class NoReference:
+    """The loss reads no reference: nothing is loaded and nothing is scored."""
+
+    is_start = False
+    summary = "none: the loss does not need one"
+
+    def prepare(self, accelerator: Accelerator) -> None:
+        pass
+
+    def scores(self, policy: nn.Module, batch: dict[str, Any]) -> dict[str, Tensor]:
+        return {}
+
+
+class FrozenModel:
+    """A second model that never changes: a copy of the starting policy, or one from another path."""
+
+    def __init__(self, model: nn.Module, *, is_start: bool, summary: str) -> None:
+        enable_scoring(model)
+        silence_dropout(model)
+        self.model = model.requires_grad_(False).eval()
+        self.is_start = is_start
+        self.summary = summary
+
+    def prepare(self, accelerator: Accelerator) -> None:
+        # The sharded back ends need a wrapper of their own for a model without an optimizer; TRL keeps them current.
+        from trl.models.utils import prepare_deepspeed, prepare_fsdp
+
+        if accelerator.state.deepspeed_plugin is not None:
+            self.model = prepare_deepspeed(self.model, accelerator)
+        elif getattr(accelerator.state, "fsdp_plugin", None) is not None:
+            self.model = prepare_fsdp(self.model, accelerator)
+        else:
+            self.model = accelerator.prepare_model(self.model, evaluation_mode=True)
+        self.model.eval()
+
+    def scores(self, policy: nn.Module, batch: dict[str, Any]) -> dict[str, Tensor]:
+        with torch.no_grad():
+            return {"ref_logp": self.model(**plan_of(batch))["logp"]}
+
+
+class AdapterOff:
+    """The policy's own base weights: the adapter is switched off, or to a frozen copy of the one training began with."""
+
+    is_start = True
+
+    def __init__(self, adapter: str | None) -> None:
+        self.adapter = adapter
+        kind = "its adapter off" if adapter is None else "a frozen copy of the adapter it started with"
+        self.summary = f"live: the policy with {kind}"
+
+    def prepare(self, accelerator: Accelerator) -> None:
+        pass
+
+    def scores(self, policy: nn.Module, batch: dict[str, Any]) -> dict[str, Tensor]:
+        with torch.no_grad(), evaluating(policy), self._switched(_peft_model(policy)):
+            return {"ref_logp": policy(**plan_of(batch))["logp"]}
+
+    @contextmanager
+    def _switched(self, model: PeftModel) -> Iterator[None]:
+        if self.adapter is None:
+            with model.disable_adapter():
+                yield
+            return
+        active = model.active_adapter
+        try:
+            model.base_model.set_adapter(self.adapter, inference_mode=True)
+            yield
+        finally:
+            model.base_model.set_adapter(active)
+
+
+def plan_reference(
+    need: str,
+    policy: nn.Module,
+    *,
+    fresh_adapter: bool,
+    explicit: nn.Module | None = None,
+    explicit_name: str = "the model given",
+) -> Reference:
+    """Choose the source for a loss that needs `none` or `logp`, before training moves the policy.
+
+    `fresh_adapter`: the adapter was just made, so switching it off gives the starting policy. `explicit`: a model that
+    was asked for by name, whose margins need not be 0.
+    """
+    if need == "none":
+        if explicit is not None:
+            raise UserError("a reference model was given, but this loss reads none: leave it out")
+        return NoReference()
+    if explicit is not None:
+        return FrozenModel(explicit, is_start=False, summary=f"live: {explicit_name}")
+    if isinstance(policy, PeftModel):
+        return AdapterOff(None if fresh_adapter else _copy_adapter(policy))
+    return FrozenModel(copy.deepcopy(policy), is_start=True, summary="live: a frozen copy of the starting policy")
+
+
+def plan_of(batch: dict[str, Any]) -> dict[str, Any]:
+    """The part of a batch that a model's scoring forward takes."""
+    return {key: batch[key] for key in MODEL_KEYS}
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """`model` in evaluation mode inside the block, and back to each module's own mode after it."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def _copy_adapter(model: PeftModel) -> str:
+    """Freeze a copy of the active adapter beside it, and return the copy's name."""
+    active = model.active_adapter
+    model.add_adapter(_REFERENCE_ADAPTER, model.peft_config[active])
+    parameters = dict(model.named_parameters())
+    for name, parameter in parameters.items():
+        if f".{active}." in name:
+            twin = parameters[name.replace(f".{active}.", f".{_REFERENCE_ADAPTER}.")]
+            twin.data.copy_(parameter.data)
+            twin.requires_grad_(False)
+    return _REFERENCE_ADAPTER
+
+
+def _peft_model(policy: nn.Module) -> PeftModel:
+    inner = policy
+    while not isinstance(inner, PeftModel):
+        inner = inner.module
+    return inner

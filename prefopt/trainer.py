@@ -1,0 +1,298 @@
+"""PreferenceTrainer: rows -> plan -> model -> scores -> loss -> sums, on `transformers.Trainer`, and nothing else.
+
+It never asks for a loss's name. What it adds to the stock loop is exactness: the loss of a step is the sum over its
+units divided by their number over all micro-batches and ranks, evaluation counts each row once, and a non-finite step
+stops before the optimizer moves.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+from peft import PeftConfig
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback
+from transformers.trainer_utils import EvalLoopOutput
+
+from prefopt.checks import check_rows, check_start, not_finite
+from prefopt.config import PreferenceConfig
+from prefopt.console import say
+from prefopt.data.collation import Batch, Collator
+from prefopt.data.dataset import TokenDataset
+from prefopt.data.prepare import WEIGHT, Preparation
+from prefopt.data.sampler import WindowSampler
+from prefopt.errors import NonFiniteError
+from prefopt.losses import Loss, Objective, sides_of
+from prefopt.metrics import MetricSums
+from prefopt.models import complete_tokenizer, load_tokenizer, open_model, prepare_policy
+from prefopt.predictions import Predictions
+from prefopt.reference.live import evaluating, plan_of, plan_reference
+from prefopt.scoring import TokenScores
+
+# Sums of the loss's terms travel with the evaluation metrics under this prefix.
+_TERM = "_term/"
+
+
+class PreferenceTrainer(Trainer):
+    """Trains a causal language model on preferences with any registered loss. TRL's constructor, plus `loss`.
+
+    `loss` is a registered name, a `Loss`, or an `Objective` (a weighted mixture). Data sets are raw rows (a
+    `datasets.Dataset` or a list of dicts with `prompt`, `chosen`, `rejected`, or `prompt`, `completion`, `label`) or a
+    `TokenDataset`. Without `ref_model` the reference is the policy as it stands at construction. Raises `UserError`
+    for what a user can mend, before training starts.
+    """
+
+    # The loss is already divided by the count of the whole step.
+    loss_is_scaled_for_ga = True
+
+    def __init__(
+        self,
+        model: str | PreTrainedModel,
+        ref_model: str | PreTrainedModel | None = None,
+        args: PreferenceConfig | None = None,
+        loss: str | Loss | Objective | Sequence[str | Loss] = "dpo",
+        data_collator: Any = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        compute_metrics: Any = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[Any, Any] = (None, None),
+        peft_config: PeftConfig | None = None,
+        quantization_config: Any = None,
+    ) -> None:
+        args = args or PreferenceConfig(output_dir="runs/prefopt")
+        self.objective = Objective.of(loss, args.loss_weights)
+        tokenizer = complete_tokenizer(processing_class or load_tokenizer(model))
+        self.preparation = Preparation(
+            tokenizer,
+            args,
+            columns=self.objective.columns,
+            optional_columns=self.objective.optional_columns,
+            paired=True if self.objective.paired_required else None,
+            say=say,
+        )
+        train_dataset = check_rows(self.objective, self.preparation.any(train_dataset, "train"))
+        eval_dataset = check_rows(self.objective, self.preparation.any(eval_dataset, "eval"))
+        policy = prepare_policy(
+            open_model(model, args, quantization_config),
+            peft_config=peft_config,
+            disable_dropout=args.disable_dropout,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+        self.reference = plan_reference(
+            self.objective.reference,
+            policy,
+            fresh_adapter=peft_config is not None,
+            explicit=None if ref_model is None else open_model(ref_model, args, quantization_config),
+        )
+        self._train_sums = MetricSums()
+        self._eval_sums = MetricSums()
+        self._predictions = Predictions(compute_metrics)
+        self._estimates: dict[str, float] = {}
+        self._window: list[tuple[Tensor, Tensor]] = []
+        self._new_tokens = 0
+        self._body_parameters: int | None = None
+        super().__init__(
+            model=policy,
+            args=args,
+            data_collator=data_collator or self._collator(tokenizer, train_dataset or eval_dataset),
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=tokenizer,
+            callbacks=callbacks,
+            optimizers=optimizers,
+        )
+        self.reference.prepare(self.accelerator)
+
+    # ---- rows of a step -------------------------------------------------------------------------------------------
+
+    def _collator(self, tokenizer: PreTrainedTokenizerBase, dataset: Any) -> Collator:
+        sample = next(iter(dataset.values())) if isinstance(dataset, dict) else dataset
+        return Collator(
+            pad_token_id=tokenizer.pad_token_id,
+            paired=sample.paired,
+            all_completions=self.objective.all_completions,
+            columns=sample.columns,
+            pad_to_multiple_of=self.preparation.args.pad_to_multiple_of or 1,
+        )
+
+    def _get_dataloader(
+        self,
+        dataset: TokenDataset,
+        description: str,
+        batch_size: int,
+        sampler_fn: Any = None,
+        is_training: bool = False,
+        dataloader_key: str | None = None,
+    ) -> DataLoader:
+        args = self.args
+        sampler = WindowSampler(
+            dataset.lengths,
+            batch_size=batch_size,
+            accumulation=args.gradient_accumulation_steps if is_training else 1,
+            world_size=args.world_size,
+            rank=args.process_index,
+            seed=args.seed if args.data_seed is None else args.data_seed,
+            strategy=args.train_sampling_strategy if is_training else "longest_first",
+            drop_last=args.dataloader_drop_last and is_training,
+        )
+        # A plain loader, not prepared: accelerate would shard it again and repeat rows to even the batches.
+        return DataLoader(
+            dataset,
+            batch_sampler=sampler,
+            collate_fn=self.data_collator,
+            num_workers=args.dataloader_num_workers,
+            pin_memory=args.dataloader_pin_memory and torch.cuda.is_available(),
+            persistent_workers=args.dataloader_persistent_workers,
+            prefetch_factor=args.dataloader_prefetch_factor,
+        )
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
+        """The loader of an evaluation set: its name, a prepared data set, or raw rows, which are prepared first."""
+        if eval_dataset is not None and not isinstance(eval_dataset, str):
+            eval_dataset = check_rows(self.objective, self.preparation.one(eval_dataset, "eval"))
+        return super().get_eval_dataloader(eval_dataset)
+
+    def _run_epoch(self, **kwargs: Any) -> None:
+        # A resumed epoch wraps the batch sampler once more, out of the loop's own reach.
+        kwargs["train_dataloader"].batch_sampler.set_epoch(kwargs["epoch"])
+        if self.state.global_step == 0:
+            check_start(self, kwargs["model"])
+        super()._run_epoch(**kwargs)
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Batch], num_batches: int, device: torch.device
+    ) -> tuple[list[Batch], Tensor]:
+        """The micro-batches of a step, and each loss term's number of units over all of them and all ranks."""
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        self._window.clear()
+        self._new_tokens += sum(batch["tokens"] for batch in batches)
+        if self.objective.has_estimates:
+            self._estimates = self._estimate(batches)
+        counts = torch.tensor([self.objective.counts(sides_of(batch)) for batch in batches]).sum(0)
+        return batches, self.accelerator.reduce(counts.to(device), reduction="sum")
+
+    # ---- scores, loss, metrics ------------------------------------------------------------------------------------
+
+    @property
+    def _statistics(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(("logp", "entropy", *self.objective.statistics)))
+
+    def score(self, model: nn.Module, batch: Batch) -> TokenScores:
+        """Policy and reference scores of the tokens of a batch that is on the device."""
+        policy = model(**plan_of(batch), statistics=self._statistics)
+        reference = self.reference.scores(model, batch)
+        return TokenScores(batch["size"], batch["sequence"], **policy, **reference)
+
+    def compute_loss(
+        self, model: nn.Module, inputs: Batch, return_outputs: bool = False, num_items_in_batch: Tensor | None = None
+    ) -> Any:
+        """This micro-batch's share of the step's loss: sums of its units over the counts of the whole step."""
+        scores, sums, metrics = self._loss_sums(model, inputs)
+        counts = num_items_in_batch
+        if counts is None:  # called by hand: this batch is the whole step
+            counts = sums.new_tensor(self.objective.counts(sides_of(inputs)))
+        # DDP, FSDP and DeepSpeed average gradients over ranks; the factor turns that into a sum.
+        loss = self.objective.combine(sums, counts) * self.accelerator.num_processes
+        self._train_sums.add(metrics)
+        self._window.append((inputs["row"], loss.detach()))
+        return (loss, scores) if return_outputs else loss
+
+    def _loss_sums(self, model: nn.Module, batch: Batch) -> tuple[TokenScores, Tensor, dict[str, Tensor]]:
+        """Scores of a batch, the sum of each loss term's values, and unreduced metrics."""
+        scores = self.score(model, batch)
+        columns = batch["columns"]
+        sums, metrics = self.objective(scores, sides_of(batch), columns, self._estimates, columns.get(WEIGHT))
+        return scores, sums, {**metrics, "entropy": scores.entropy}
+
+    def _estimate(self, batches: Iterable[Batch]) -> dict[str, float]:
+        """What the loss asks to know of the whole step before its first backward: sums over counts, over all ranks."""
+        sums = MetricSums()
+        model = self.model_wrapped
+        # The loop restores the random state after this, so nothing here may draw from it.
+        with torch.no_grad(), evaluating(model), torch.random.fork_rng():
+            for batch in map(self._prepare_inputs, batches):
+                parts = self.objective.estimates(self.score(model, batch), sides_of(batch), batch["columns"])
+                for name, (total, count) in parts.items():
+                    sums.add_sum(name, total, count)
+        return sums.reduce(self.accelerator)
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        norm = super()._get_grad_norm(model, grad_norm)
+        self._stop_if_not_finite(norm)
+        return norm
+
+    def _stop_if_not_finite(self, norm: Any) -> None:
+        """Raise before the optimizer moves when the step's loss or gradient is not finite; one look a step."""
+        losses = torch.stack([loss for _, loss in self._window])
+        bad = (~torch.isfinite(losses)).any()
+        # A loss scaler meets infinite gradients now and then and skips those steps itself.
+        if norm is not None and self.accelerator.scaler is None:
+            bad = bad | ~torch.isfinite(torch.as_tensor(norm, device=bad.device))
+        if self.accelerator.reduce(bad.float(), reduction="sum").item():
+            raise not_finite(self.state.global_step + 1, norm, self._window)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add the training metrics since the last log: means over rows or tokens of all ranks."""
+        if "loss" in logs:
+            logs.update(self._train_sums.reduce(self.accelerator))
+            logs["num_tokens"] = self._count_tokens()
+        super().log(logs, start_time)
+
+    def _count_tokens(self) -> int:
+        new = self.accelerator.reduce(torch.tensor(self._new_tokens, device=self.args.device), reduction="sum")
+        self._new_tokens = 0
+        self.state.num_input_tokens_seen += int(new)
+        return self.state.num_input_tokens_seen
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        self._count_tokens()  # the count is part of the saved state
+        super()._save_checkpoint(model, trial)
+
+    def floating_point_ops(self, inputs: Batch) -> int:
+        """Six flops a token and body parameter; the stock count walks the whole model at every micro-batch."""
+        if self._body_parameters is None:
+            self._body_parameters = self.model.num_parameters(exclude_embeddings=True)
+        return 6 * inputs["tokens"] * self._body_parameters
+
+    # ---- evaluation -----------------------------------------------------------------------------------------------
+
+    def prediction_step(
+        self, model: nn.Module, inputs: Batch, prediction_loss_only: bool, ignore_keys: Any = None
+    ) -> tuple[None, None, None]:
+        """Add a batch's sums and counts to the evaluation; nothing is gathered row by row."""
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            scores, sums, metrics = self._loss_sums(model, inputs)
+        for term, (total, count) in enumerate(zip(sums, self.objective.counts(sides_of(inputs)), strict=True)):
+            self._eval_sums.add_sum(f"{_TERM}{term}", total, count)
+        self._eval_sums.add(metrics)
+        self._predictions.add(inputs, scores)
+        return None, None, None
+
+    def evaluation_loop(
+        self,
+        dataloader: DataLoader,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: Any = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        """The stock loop around exact sums: every row counts once, whatever the batch and the number of ranks."""
+        self._eval_sums.clear()
+        if self.objective.has_estimates:
+            self._estimates = self._estimate(dataloader)
+        output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
+        figures = self._eval_sums.reduce(self.accelerator)
+        terms = [figures.pop(f"{_TERM}{term}", 0.0) for term in range(len(self.objective.terms))]
+        figures["loss"] = sum(weight * value for weight, value in zip(self.objective.weights, terms, strict=True))
+        if not math.isfinite(figures["loss"]):
+            raise NonFiniteError(f"evaluation after step {self.state.global_step}: the loss is {figures['loss']}")
+        figures.update(self._predictions.metrics())
+        output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in figures.items()})
+        return output

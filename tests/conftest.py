@@ -1,0 +1,35 @@
+"""Fixtures every test may use. Nothing here reaches the network."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("CUDA_VISIBLE_DEVICES", os.environ.get("CUDA_VISIBLE_DEVICES", ""))
+
+import pytest
+
+from tests import helpers
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The folder of real data that lies beside a checkout; tests that want it skip where it is absent."""
+    folder = Path(__file__).resolve().parents[2] / "shared" / "data"
+    if not folder.is_dir():
+        pytest.skip("the folder of real data is not here")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    """Byte-level BPE with bos, eos and pad, and a chat template that marks turns."""
+    return helpers.make_tokenizer()
+
+
+@pytest.fixture
+def model(tokenizer):
+    """A tiny random Llama in float32."""
+    return helpers.make_model(vocab_size=len(tokenizer))
