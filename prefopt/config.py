@@ -289,7 +289,7 @@ class PreferenceConfig(TrainingArguments):
         if self.activation_checkpointing is None and self.gradient_checkpointing is None:
             self.activation_checkpointing = ACTIVATION_CHECKPOINTING
         try:
-            super().__post_init__()  # type: ignore[no-untyped-call]
+            super().__post_init__()
         except ValueError as error:
             raise UserError(f"training settings: {error}") from error
         self._check_devices()

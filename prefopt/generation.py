@@ -8,10 +8,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from prefopt.data.problems import Where
+from prefopt.data.templates import require_template
+from prefopt.data.tokenization import TextEncoder
 from prefopt.errors import DataError, UserError
 
 Prompt = str | Sequence[Mapping[str, Any]]
@@ -38,41 +41,65 @@ def generate(
     top_p: float = 1.0,
     seed: int = 0,
     batch_size: int = 64,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
 ) -> list[Generation]:
     """Sample `samples_per_prompt` answers to every prompt, ordered by prompt.
 
-    A prompt is a text, encoded as the tokenizer encodes any text, or a list of messages, rendered by the chat
-    template with the header of the answer. Sampling is from the model's own distribution at `temperature`, cut to the
-    likeliest `top_p`: whatever the model's stored generation settings add (top-k, repetition penalties) is set aside,
-    so answers are on-policy. `temperature=0` takes the likeliest token. The same arguments give the same answers, and
-    the caller's random state and the model's mode are left as they were. `batch_size` counts answers; prompts of
-    similar length share a batch. Raises `UserError` for arguments out of range and `DataError` for an empty prompt.
+    A prompt is a text or a list of messages, and becomes the same token ids as a prompt in training does; messages are
+    rendered by the chat template, with `chat_template_kwargs`, up to and with the header of the answer.
+
+    Sampling is from the model's own distribution at `temperature`, cut to the likeliest `top_p`: whatever the model's
+    stored generation settings add (top-k, repetition penalties) is set aside, so answers are on-policy.
+    `temperature=0` takes the likeliest token. The same arguments give the same answers, and the caller's random state
+    and the model's mode are left as they were. `batch_size` counts answers; prompts of similar length share a batch.
+
+    Raises `UserError` for arguments out of range and `DataError` for a prompt without tokens or one the template
+    refuses.
     """
     _check(samples_per_prompt, max_new_tokens, temperature, top_p, batch_size)
-    encoded = [prompt_ids(tokenizer, prompt, where=index) for index, prompt in enumerate(prompts)]
+    encoded = encode_prompts(tokenizer, prompts, chat_template_kwargs)
     order = sorted(range(len(prompts)), key=lambda index: len(encoded[index]), reverse=True)
     jobs = [index for index in order for _ in range(samples_per_prompt)]
     settings = _settings(model, tokenizer, max_new_tokens, temperature, top_p)
     answers: list[Generation] = []
-    with _sampling_mode(model, settings, seed), tqdm(total=len(jobs), desc="sampling", unit="answer", disable=None) as bar:
-        for start in range(0, len(jobs), batch_size):
+    with evaluating(model), _seeded(model, seed), _only(settings, model):
+        for start in tqdm(range(0, len(jobs), batch_size), desc="Sampling", unit="batch", disable=None):
             batch = jobs[start : start + batch_size]
             rows = _generate_batch(model, [encoded[index] for index in batch], settings)
             answers += [_answer(tokenizer, index, row, settings) for index, row in zip(batch, rows, strict=True)]
-            bar.update(len(batch))
     return sorted(answers, key=lambda answer: answer.prompt_index)
 
 
-def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, *, where: int = 0) -> list[int]:
-    """The token ids a model continues; `where` is the prompt's position, for the error when there are none."""
-    if isinstance(prompt, str):
-        ids = tokenizer(prompt)["input_ids"]
-    else:
-        messages = [dict(message) for message in prompt]
-        ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=False)
-    if not ids:
-        raise DataError(f"prompt {where} has no tokens, so there is nothing to continue; give it some text")
-    return list(ids)
+def encode_prompts(
+    tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt], chat_template_kwargs: Mapping[str, Any] | None = None
+) -> list[list[int]]:
+    """The token ids the model continues, for each prompt; none is empty. Raises as `generate` does."""
+    encoder = TextEncoder(tokenizer)
+    texts = encoder.many(prompt for prompt in prompts if isinstance(prompt, str))
+    encoded = []
+    for row, prompt in enumerate(prompts):
+        where = Where("prompts", row)
+        if isinstance(prompt, str):
+            ids = [*encoder.prefix, *texts[prompt]]
+        else:
+            ids = _chat_ids(tokenizer, prompt, where, chat_template_kwargs or {})
+        if not ids:
+            raise DataError(f"{where}: the prompt has no tokens, so there is nothing to continue. Give it some text")
+        encoded.append(ids)
+    return encoded
+
+
+def _chat_ids(
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str, Any]], where: Where, kwargs: Mapping[str, Any]
+) -> list[int]:
+    require_template(tokenizer, where)
+    turns = [dict(message) for message in messages]
+    try:
+        text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True, **kwargs)
+    except Exception as error:  # a template is foreign code and may raise anything
+        raise DataError(f"{where}: the chat template fails: {type(error).__name__}: {error}") from error
+    # The template has already written whatever special tokens the model wants.
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
 def _check(samples: int, new_tokens: int, temperature: float, top_p: float, batch_size: int) -> None:
@@ -92,7 +119,11 @@ def _settings(
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else ends[0]
     sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0} if temperature else {}
     return GenerationConfig(
-        max_new_tokens=max_new_tokens, eos_token_id=ends, pad_token_id=pad, use_cache=True, **{"do_sample": False, **sampling}
+        max_new_tokens=max_new_tokens,
+        eos_token_id=ends,
+        pad_token_id=pad,
+        use_cache=True,
+        **{"do_sample": False, **sampling},
     )
 
 
@@ -107,28 +138,42 @@ def _end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list
 
 
 @contextmanager
-def _sampling_mode(model: PreTrainedModel, settings: GenerationConfig, seed: int) -> Iterator[None]:
-    """Eval mode, seeded, and with the model's stored generation settings out of the way; all put back afterwards."""
-    # `generate` fills every setting left open from the one stored on the model; an adapter model has two.
-    owners = list(dict.fromkeys([model, getattr(model, "get_base_model", lambda: model)()]))
-    stored = [owner.generation_config for owner in owners]
-    training = {module: module.training for module in model.modules()}
-    devices = [model.device] if model.device.type == "cuda" else []
+def evaluating(*models: nn.Module) -> Iterator[None]:
+    """Eval mode without gradients; every module's own mode is put back afterwards."""
+    training = {module: module.training for model in models for module in model.modules()}
     try:
-        model.eval()
-        for owner in owners:
-            owner.generation_config = settings
-        with torch.no_grad(), torch.random.fork_rng(devices=devices):
-            torch.manual_seed(seed)
+        for model in models:
+            model.eval()
+        with torch.no_grad():
             yield
     finally:
-        for owner, config in zip(owners, stored, strict=True):
-            owner.generation_config = config
         for module, mode in training.items():
             module.training = mode
 
 
-def _generate_batch(model: PreTrainedModel, encoded: list[list[int]], settings: GenerationConfig) -> list[list[int]]:
+@contextmanager
+def _seeded(model: PreTrainedModel, seed: int) -> Iterator[None]:
+    """Random numbers from `seed`; the caller's random state is put back afterwards."""
+    with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        yield
+
+
+@contextmanager
+def _only(settings: GenerationConfig, model: PreTrainedModel) -> Iterator[None]:
+    """`generate` fills every setting left open from the one stored on the model: keep that one out of its way."""
+    owners = list(dict.fromkeys([model, getattr(model, "get_base_model", lambda: model)()]))  # an adapter model has two
+    stored = [owner.generation_config for owner in owners]
+    try:
+        for owner in owners:
+            owner.generation_config = settings
+        yield
+    finally:
+        for owner, config in zip(owners, stored, strict=True):
+            owner.generation_config = config
+
+
+def _generate_batch(model: Any, encoded: list[list[int]], settings: GenerationConfig) -> list[list[int]]:
     """The new tokens of each row, padding included."""
     width = max(len(ids) for ids in encoded)
     input_ids = torch.full((len(encoded), width), settings.pad_token_id)
@@ -151,4 +196,4 @@ def _answer(tokenizer: PreTrainedTokenizerBase, index: int, row: list[int], sett
     end = next((place for place, token in enumerate(row) if token in ends), None)
     token_ids = row if end is None else row[: end + 1]
     text = tokenizer.decode(row[:end], skip_special_tokens=True, clean_up_tokenization_spaces=False)
-    return Generation(prompt_index=index, text=text, token_ids=token_ids, finished=end is not None)
+    return Generation(prompt_index=index, text=str(text), token_ids=token_ids, finished=end is not None)

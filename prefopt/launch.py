@@ -14,7 +14,7 @@ from pathlib import Path
 import psutil
 import torch
 import yaml
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.commands.config.config_args import default_config_file
 from accelerate.commands.launch import launch_command_parser
 
@@ -25,10 +25,24 @@ _SHARDED = ("FSDP", "DEEPSPEED")
 
 @dataclass(frozen=True)
 class Launch:
-    """What a launcher was told: processes in all, and the kind of distribution, where it was told."""
+    """What a launcher was told: processes in all, the kind of distribution, and whether to stay on the CPU."""
 
     num_processes: int | None = None
     distributed_type: str | None = None
+    use_cpu: bool = False
+
+
+def prepare_environment() -> Launch:
+    """Make accelerate see what the launcher was asked for; call it before anything asks for a device.
+
+    The launcher of several processes does not pass `use_cpu` on, and without it ranks on a machine with no accelerator
+    each believe they are alone.
+    """
+    asked = asked_for()
+    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    if several and (asked.use_cpu or not torch.accelerator.is_available()):
+        os.environ["ACCELERATE_USE_CPU"] = "true"
+    return asked
 
 
 def asked_for() -> Launch:
@@ -50,37 +64,35 @@ def parse_launch(command: Sequence[str]) -> Launch:
     kind = settings.get("distributed_type")
     if arguments.use_fsdp or arguments.use_deepspeed:
         kind = "FSDP" if arguments.use_fsdp else "DEEPSPEED"
-    return Launch(arguments.num_processes or settings.get("num_processes"), kind)
+    processes = arguments.num_processes or settings.get("num_processes")
+    return Launch(processes, kind, bool(arguments.cpu or settings.get("use_cpu")))
 
 
-def check_launch(accelerator: Accelerator, asked: Launch) -> str:
+def starting_line(asked: Launch) -> str:
     """One line that says what runs. Raises `UserError` when it is not what was asked for."""
-    running = accelerator.num_processes
-    kind = accelerator.distributed_type.value
-    if asked.num_processes is not None and asked.num_processes != running:
+    state = PartialState()
+    if asked.num_processes is not None and asked.num_processes != state.num_processes:
         raise UserError(
-            f"launch: {asked.num_processes} processes were asked for and {running} run(s). On a CPU, `--cpu` and "
-            "MULTI_CPU start only one: use `--config_file configs/accelerate/cpu2.yaml`, or `torchrun "
+            f"launch: {asked.num_processes} processes were asked for and {state.num_processes} run(s). On a CPU, `--cpu` "
+            "and MULTI_CPU start only one: use `--config_file configs/accelerate/cpu2.yaml`, or `torchrun "
             "--nproc_per_node 2 scripts/train.py ...`."
         )
-    if asked.distributed_type in _SHARDED and kind != asked.distributed_type:
+    if asked.distributed_type in _SHARDED and state.device.type == "cpu":
         raise UserError(
-            f"launch: {asked.distributed_type} was asked for and {kind} runs, so nothing would be sharded. It needs "
-            "accelerators; on a CPU use `--config_file configs/accelerate/cpu2.yaml`."
+            f"launch: {asked.distributed_type} was asked for, but on a CPU accelerate runs plain DDP and shards nothing: "
+            "use `--config_file configs/accelerate/cpu2.yaml`."
         )
-    _refuse_unsupported(accelerator)
-    device = torch.cuda.get_device_name() if accelerator.device.type == "cuda" else accelerator.device.type
-    return f"launch: {running} process(es), {kind}, {device}, mixed precision {accelerator.mixed_precision}"
+    kind = asked.distributed_type if asked.distributed_type in _SHARDED else state.distributed_type.value
+    device = torch.cuda.get_device_name() if state.device.type == "cuda" else state.device.type
+    return f"launch: {state.num_processes} process(es), {kind}, {device}"
 
 
-def _refuse_unsupported(accelerator: Accelerator) -> None:
+def refuse_unsupported(accelerator: Accelerator) -> None:
+    """Raise `UserError` for parallelism that splits a sequence or a layer over ranks: rows are dealt to all ranks."""
     parallel = getattr(accelerator, "parallelism_config", None)
     for name in ("tp_size", "cp_size", "sp_size"):
         if parallel is not None and getattr(parallel, name, 1) > 1:
-            raise UserError(
-                f"launch: `{name}` above 1 splits a sequence or a layer over ranks, and a step's rows are dealt to all "
-                "ranks here: use data parallelism (DDP, FSDP, ZeRO)."
-            )
+            raise UserError(f"launch: `{name}` above 1 is not supported. Use data parallelism: DDP, FSDP or ZeRO.")
 
 
 def _config_file(path: str | None, cpu: bool) -> dict[str, object]:

@@ -5,12 +5,19 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from peft import PeftConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from prefopt.config import PreferenceConfig
 from prefopt.errors import UserError
+from prefopt.recipe.sections import ModelSection
 from prefopt.scoring.model import enable_scoring, refuse_unsupported
 
 DTYPES = {"auto": "auto", "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -72,6 +79,29 @@ def _load_adapter(name: str, dtype: str, options: dict[str, Any]) -> PeftModel |
         config.base_model_name_or_path, dtype=DTYPES[dtype], **{**options, "revision": config.revision}
     )
     return PeftModel.from_pretrained(base, name, is_trainable=True)
+
+
+def adapter_config(section: ModelSection) -> LoraConfig | None:
+    """The LoRA adapter a recipe asks for, or None."""
+    if not section.use_peft:
+        return None
+    return LoraConfig(
+        task_type="CAUSAL_LM",
+        r=section.lora_r,
+        lora_alpha=section.lora_alpha,
+        lora_dropout=section.lora_dropout,
+        target_modules=section.lora_target_modules,
+        modules_to_save=section.lora_modules_to_save,
+        use_rslora=section.use_rslora,
+        use_dora=section.use_dora,
+    )
+
+
+def quantization_config(section: ModelSection) -> BitsAndBytesConfig | None:
+    """How a recipe wants frozen weights held (4 or 8 bits), or None."""
+    if section.load_in_4bit:
+        return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16)
+    return BitsAndBytesConfig(load_in_8bit=True) if section.load_in_8bit else None
 
 
 def prepare_policy(

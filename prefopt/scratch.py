@@ -6,22 +6,14 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import (
-    CONFIG_MAPPING,
-    MODEL_FOR_CAUSAL_LM_MAPPING,
-    AutoModelForCausalLM,
-    PreTrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    PreTrainedTokenizerFast,
-)
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from prefopt.errors import RecipeError, nearest
+from prefopt.errors import RecipeError
+from prefopt.recipe.checks import scratch_config
 
 PAD, BOS, EOS = "<pad>", "<s>", "</s>"
-ROLES = ("system", "user", "assistant", "tool")
+ROLES = ("system", "developer", "user", "assistant", "tool")
 
 # Every turn is header, content, end marker; the end marker is EOS, so one scored token ends an answer in text and
 # in chat. What the template cannot show (other roles, tool calls) it refuses, since leaving it out would be silent.
@@ -29,7 +21,7 @@ CHAT_TEMPLATE = (
     "{% if tools %}{{ raise_exception('this chat template has no place for tools') }}{% endif %}"
     "{{ bos_token }}"
     "{% for message in messages %}"
-    "{% if message['role'] not in ['system', 'user', 'assistant', 'tool'] %}"
+    f"{{% if message['role'] not in {list(ROLES)} %}}"
     "{{ raise_exception('unknown role: ' + message['role']) }}{% endif %}"
     "{% if message['tool_calls'] %}{{ raise_exception('this chat template has no place for tool calls') }}{% endif %}"
     "{{ '<|' + message['role'] + '|>' + message['content'] + eos_token }}"
@@ -49,7 +41,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, *, chat: bool = False
     special = [PAD, BOS, EOS, *(f"<|{role}|>" for role in ROLES if chat)]
     smallest = 256 + len(special)
     if vocab_size < smallest:
-        raise RecipeError(f"vocab_size is {vocab_size}, but 256 bytes and {len(special)} special tokens need {smallest}")
+        raise RecipeError(f"vocab_size is {vocab_size}; bytes and special tokens alone need {smallest}")
     core = Tokenizer(models.BPE())
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     core.decoder = decoders.ByteLevel()
@@ -68,29 +60,29 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, *, chat: bool = False
     return _wrap(core, chat)
 
 
-def build_model(model_config: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, seed: int) -> PreTrainedModel:
+def build_model(fields: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, seed: int) -> PreTrainedModel:
     """A causal language model with random weights, in float32, the same for the same `seed`.
 
-    `model_config` holds `model_type` (a name transformers knows, such as `llama`) and any fields of that type's
-    configuration; the vocabulary size and the special token ids are the tokenizer's unless given. The random state
-    of the caller is left as it was. Raises `RecipeError` for an unknown type, an unknown field, or values that do not
-    fit together.
+    `fields` holds `model_type` (a name transformers knows, such as `llama`) and any fields of that type's
+    configuration; the vocabulary size and the special token ids are the tokenizer's unless given. The caller's random
+    state is left as it was. Raises `RecipeError` for an unknown type, an unknown field, or values that do not fit
+    together.
     """
-    fields = dict(model_config)
-    config_class = _config_class(fields.pop("model_type", None))
-    _check_fields(config_class, fields)
-    defaults = {
+    from_tokenizer = {
         "vocab_size": len(tokenizer),
         "bos_token_id": tokenizer.bos_token_id,
         "eos_token_id": tokenizer.eos_token_id,
         "pad_token_id": tokenizer.pad_token_id,
     }
     try:
-        config = config_class(**{**defaults, **fields})
+        config = scratch_config({**from_tokenizer, **fields})
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
-    except (ValueError, TypeError, KeyError, StrictDataclassError) as error:
+    except RecipeError as error:
+        raise RecipeError(f"from_scratch: {error}") from error
+    # Some types check their numbers only while the layers are built.
+    except (ValueError, TypeError, KeyError) as error:
         raise RecipeError(f"from_scratch: transformers cannot build this model: {error}") from error
     _check_vocabulary(model, tokenizer)
     return model
@@ -103,28 +95,8 @@ def _wrap(core: Tokenizer, chat: bool) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def _config_class(model_type: str | None) -> type[PreTrainedConfig]:
-    """The configuration class of a type that has a causal language model."""
-    known = [name for name, config in CONFIG_MAPPING.items() if config in MODEL_FOR_CAUSAL_LM_MAPPING]
-    if model_type is None:
-        raise RecipeError("from_scratch: `model_type` is missing; write for instance `model_type: llama`")
-    if model_type not in known:
-        hint = nearest(str(model_type), known)
-        raise RecipeError(f"from_scratch: transformers has no causal language model of type `{model_type}`.{hint}")
-    config_class: type[PreTrainedConfig] = CONFIG_MAPPING[model_type]
-    return config_class
-
-
-def _check_fields(config_class: type[PreTrainedConfig], fields: Mapping[str, Any]) -> None:
-    # A configuration keeps any name it is given, so a misspelt field would be stored and never read.
-    known = {*config_class().to_dict(), *config_class.attribute_map}
-    for name in fields:
-        if name not in known:
-            raise RecipeError(f"from_scratch: `{config_class.model_type}` has no field `{name}`.{nearest(name, known)}")
-
-
 def _check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    rows = model.get_input_embeddings().weight.shape[0]
+    rows = model.config.get_text_config().vocab_size
     if rows < len(tokenizer):
         raise RecipeError(
             f"from_scratch: vocab_size is {rows}, but the tokenizer has {len(tokenizer)} entries; "

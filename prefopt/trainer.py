@@ -68,14 +68,7 @@ class PreferenceTrainer(Trainer):
         args = args or PreferenceConfig(output_dir="runs/prefopt")
         self.objective = Objective.of(loss, args.loss_weights)
         tokenizer = complete_tokenizer(processing_class or load_tokenizer(model))
-        self.preparation = Preparation(
-            tokenizer,
-            args,
-            columns=self.objective.columns,
-            optional_columns=self.objective.optional_columns,
-            paired=True if self.objective.paired_required else None,
-            say=say,
-        )
+        self.preparation = Preparation.for_objective(tokenizer, args, self.objective, say=say)
         train_dataset = check_rows(self.objective, self.preparation.any(train_dataset, "train"))
         eval_dataset = check_rows(self.objective, self.preparation.any(eval_dataset, "eval"))
         policy = prepare_policy(

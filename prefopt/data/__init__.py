@@ -1,8 +1,6 @@
 """From files to batches: sources and formats here, then token rows, then gather plans. No model is known in this room.
 
-    spec = DataSpec(data_files="pairs.jsonl")
-    loaded = load_examples(spec, on_bad_row="skip")
-    print("\\n".join(loaded.report.lines()))
+`load_examples(DataSpec(data_files="pairs.jsonl"))` is the usual way in.
 """
 
 from __future__ import annotations

@@ -6,6 +6,7 @@ import re
 from itertools import pairwise
 from typing import Any
 
+from prefopt.data.json_rows import SURROGATE
 from prefopt.data.problems import Flaw, kind_of
 from prefopt.errors import nearest
 
@@ -15,14 +16,13 @@ ROLES = ("system", "developer", "user", "assistant", "tool")
 # Names other projects use, too far from ours for the nearest-name hint.
 _OTHER_ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant", "function": "tool"}
 
-_SURROGATE = re.compile("[\ud800-\udfff]")
 # Tab, the line ends, form feed and escape appear in honest text; the rest of C0 does not.
 _CONTROL = re.compile("[\x00-\x08\x0e-\x1a\x1c-\x1f]")
 
 
 def check_text(column: str, text: str) -> None:
     """Refuse half characters and control characters; every other text is kept as it is."""
-    if _SURROGATE.search(text):
+    if SURROGATE.search(text):
         raise Flaw("lone_surrogate", "the text holds one half of a surrogate pair", column)
     if found := _CONTROL.search(text):
         message = f"the text holds the control character U+{ord(found[0]):04X} at character {found.start() + 1}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from prefopt.data.dataset import TokenDataset
 from prefopt.data.formats import Example
@@ -17,6 +17,14 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from prefopt.config import PreferenceConfig
+
+class Needs(Protocol):
+    """What an objective declares about its rows."""
+
+    columns: tuple[str, ...]
+    optional_columns: tuple[str, ...]
+    paired_required: bool
+
 
 # A row's weight multiplies its loss, whatever the loss is.
 WEIGHT = "weight"
@@ -36,6 +44,14 @@ class Preparation:
     optional_columns: tuple[str, ...] = ()
     paired: bool | None = None
     say: Callable[..., None] = print
+
+    @classmethod
+    def for_objective(
+        cls, tokenizer: PreTrainedTokenizerBase, args: PreferenceConfig, needs: Needs, say: Callable[..., None] = print
+    ) -> Preparation:
+        """What the rows of a run with this objective must be."""
+        paired = True if needs.paired_required else None
+        return cls(tokenizer, args, needs.columns, needs.optional_columns, paired, say)
 
     def train_and_test(self, spec: DataSpec) -> tuple[TokenDataset, TokenDataset | None]:
         """Training rows and, where the source has some or sets some aside, test rows."""

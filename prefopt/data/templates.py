@@ -140,11 +140,11 @@ class _Conversation:
         return self.renderer.text(self.example, self.part, messages, generation_prompt=generation_prompt)
 
     def around(self, stop: int, turn: int, message: Message) -> tuple[str, str] | None:
-        """What `text(stop)` holds before and after the content of one turn; None where it does not show the content."""
+        """What `text(stop)` holds before and after the content of one turn; None unless that shows exactly once."""
         probe = {**message, "content": _PROBE}
         messages = [*self.example.prompt, *self.answer[:turn], probe, *self.answer[turn + 1 : stop]]
-        before, found, after = self.renderer.text(self.example, self.part, messages).partition(_PROBE)
-        return (before, after) if found else None
+        parts = self.renderer.text(self.example, self.part, messages).split(_PROBE)
+        return (parts[0], parts[1]) if len(parts) == 2 else None
 
     def start(self, whole: str, turn: int, opening: str) -> int:
         """Where a turn begins in the whole text. `opening` is the text up to it, as rendered for generation."""
@@ -222,8 +222,8 @@ def joint_tokens(prompt: str, pieces: Sequence[Piece], ids: Mapping[str, list[in
 def common_prefix_tokens(row: RenderedRow, ids: Mapping[str, list[int]]) -> tuple[list[int], list[Tokens]]:
     """Prompt ids cut to what the whole conversations begin with, and what follows them there.
 
-    A token that reaches over a border counts to the piece that begins there; what is left of the prompt's end, such as
-    another header, is not scored.
+    Everything after the cut counts as the answer, so a token that reaches over the border, or what is left of the
+    prompt's end, is scored in both answers or in none.
     """
     prompt, wholes, borders = ids[row.prompt], [], []
     for answer in row.answers:
@@ -231,10 +231,8 @@ def common_prefix_tokens(row: RenderedRow, ids: Mapping[str, list[int]]) -> tupl
         wholes.append(starts[-1])
         borders.append(list(accumulate((_shared(start, starts[-1]) for start in starts), max)))
     cut = min(min(_shared(prompt, whole), ends[0]) for whole, ends in zip(wholes, borders, strict=True))
-    answers = []
-    for answer, whole, ends in zip(row.answers, wholes, borders, strict=True):
-        answers.append((whole[cut:], [False] * (ends[0] - cut) + _flags(answer.pieces, ends)))
-    return prompt[:cut], answers
+    laid_out = zip(row.answers, wholes, borders, strict=True)
+    return prompt[:cut], [(whole[cut:], _flags(answer.pieces, [cut, *ends[1:]])) for answer, whole, ends in laid_out]
 
 
 def _flags(pieces: Sequence[Piece], borders: Sequence[int]) -> list[bool]:

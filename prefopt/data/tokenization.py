@@ -98,6 +98,9 @@ def tokenize_examples(
     """
     if not examples:
         raise DataError("there are no examples to tokenise")
+    stray = next((example for example in examples if example.paired is not examples[0].paired), None)
+    if stray is not None:
+        raise DataError(f"{stray.where}: pairs and single answers are mixed. Make two data sets of them")
     chat = next((example for example in examples if isinstance(example.prompt, list)), None)
     if chat is not None:
         require_template(tokenizer, chat.where)
@@ -315,9 +318,9 @@ def _declared_columns(
 
 def _answers(example: Example) -> dict[str, Any]:
     """The answers of an example by column name."""
-    if example.completion is not None:
-        return {"completion": example.completion}
-    return {"chosen": example.chosen, "rejected": example.rejected}
+    if example.paired:
+        return {"chosen": example.chosen, "rejected": example.rejected}
+    return {"completion": example.completion}
 
 
 def _cuts(fitted: Fitted) -> list[str]:

@@ -30,7 +30,7 @@ NO_SIGNAL = "no_signal_after_truncation"
 IDENTICAL = "identical_after_tokenising"
 LENGTH_REASONS = (TOO_LONG, PROMPT_TOO_LONG, ANSWER_CUT, NO_SIGNAL)
 
-_PERCENTILES = (50, 90, 99, 100)
+_PERCENTILES = {"p50": 50, "p90": 90, "p99": 99, "max": 100}
 
 
 class Answer(NamedTuple):
@@ -225,5 +225,4 @@ class TokenReport:
 
 def _percentiles(lengths: NDArray[np.int64]) -> dict[str, int]:
     # "higher": a length some row really has, so that a limit read off this table is not one token short.
-    values = np.percentile(lengths, _PERCENTILES, method="higher")
-    return {f"p{mark}": int(value) for mark, value in zip(_PERCENTILES, values, strict=True)}
+    return {name: int(np.percentile(lengths, mark, method="higher")) for name, mark in _PERCENTILES.items()}

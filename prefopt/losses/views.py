@@ -25,7 +25,7 @@ class Columns(Mapping[str, Tensor]):
     """Columns by name. An absent optional column is a `KeyError`, so `get` gives None; an undeclared one raises."""
 
     def __init__(self, values: Mapping[str, Tensor], declared: Collection[str]) -> None:
-        self._values = {name: value for name, value in values.items() if name in declared}
+        self._values = values
         self._declared = frozenset(declared)
 
     def __getitem__(self, name: str) -> Tensor:

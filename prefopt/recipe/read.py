@@ -124,22 +124,14 @@ def _reference(entries: Mapping[str, Node], problems: Problems) -> dict[str, Any
 
 
 def _procedure(entries: Mapping[str, Node], problems: Problems) -> dict[str, Any]:
+    """The block as plain values; the plan of that name checks them, since it alone knows what it reads."""
     node = entries.get("procedure")
     if node is None:
         return {}
     if not isinstance(node, Block):
         problems.add(node.place, "procedure", "expected a block. Write procedure: {name: ...}.")
         return {}
-    # Plans take recipes apart and put them together again, so they import this package; hence not at the top.
-    from prefopt.procedures import procedures  # noqa: PLC0415
-
-    settings = read_value("procedure", node, dict[str, Any], problems) or {}
-    name = settings.get("name", "single")
-    if name not in procedures():
-        known = ", ".join(procedures())
-        place = node.entries["name"].place if "name" in node.entries else node.place
-        problems.add(place, "procedure.name", f"`{name}` is not one of {known}.{nearest(str(name), procedures())}")
-    return settings
+    return read_value("procedure", node, dict[str, Any], problems) or {}
 
 
 def _unknown(name: str, node: Node, entries: Mapping[str, Node]) -> str:

@@ -11,54 +11,75 @@ from prefopt.config import COUNT, REFERENCE_SOURCES, Range
 from prefopt.data.spec import DataSpec
 
 
-def _setting(default: Any, explain: str, *, choices: tuple[str, ...] = (), within: Range | None = None) -> Any:
-    metadata = {"help": explain, "choices": choices, "range": within}
-    return field(default=default, metadata=metadata)
+def about(explain: str, *, choices: tuple[str, ...] = (), within: Range | None = None) -> dict[str, Any]:
+    """What a field means and may hold, kept in its metadata."""
+    return {"help": explain, "choices": choices, "range": within}
 
 
 @dataclass(frozen=True)
 class ModelSection:
     """The policy, its tokenizer and its adapter. Names are those of TRL's `ModelConfig`."""
 
-    model_name_or_path: str | None = _setting(None, "The model to start from: a Hub name or a local folder.")
-    model_revision: str | None = _setting(None, "Branch, tag or commit of the model on the Hub.")
-    from_scratch: dict[str, Any] | None = _setting(
-        None, "Instead of model_name_or_path: model_type and fields of its configuration; starts with random weights."
+    model_name_or_path: str | None = field(
+        default=None, metadata=about("The model to start from: a Hub name or a local folder.")
     )
-    tokenizer_name_or_path: str | None = _setting(None, "The tokenizer, where it is not the model's own.")
-    chat_template_path: str | None = _setting(None, "A file with the chat template, or a tokenizer to take it from.")
-    dtype: str = _setting(
-        "float32", "Precision the weights are loaded in.", choices=("auto", "bfloat16", "float16", "float32")
+    model_revision: str | None = field(default=None, metadata=about("Branch, tag or commit of the model on the Hub."))
+    from_scratch: dict[str, Any] | None = field(
+        default=None,
+        metadata=about(
+            "Instead of model_name_or_path: model_type and fields of its configuration; starts with random weights."
+        ),
     )
-    attn_implementation: str | None = _setting(None, "Attention kernel: sdpa, eager, flash_attention_2, ...")
-    trust_remote_code: bool = _setting(False, "Run Python code that comes with the model.")
-    use_peft: bool = _setting(False, "Train a LoRA adapter instead of all weights.")
-    lora_r: int = _setting(16, "Rank of the adapter.", within=COUNT)
-    lora_alpha: int = _setting(32, "Scale of the adapter.", within=COUNT)
-    lora_dropout: float = _setting(0.05, "Dropout inside the adapter.", within=Range(0, 1, below_high=True))
-    lora_target_modules: str | list[str] | None = _setting(
-        None, "Modules that get an adapter; `all-linear` for every linear one."
+    tokenizer_name_or_path: str | None = field(
+        default=None, metadata=about("The tokenizer, where it is not the model's own.")
     )
-    lora_modules_to_save: list[str] | None = _setting(None, "Modules trained in full beside the adapter.")
-    use_rslora: bool = _setting(False, "Scale the adapter by lora_alpha / sqrt(lora_r).")
-    use_dora: bool = _setting(False, "Split updates into direction and length (DoRA, arXiv 2402.09353).")
-    load_in_8bit: bool = _setting(False, "Hold the frozen weights in 8 bits; needs use_peft.")
-    load_in_4bit: bool = _setting(False, "Hold the frozen weights in 4 bits; needs use_peft.")
+    chat_template_path: str | None = field(default=None, metadata=about("A file with the chat template."))
+    dtype: str = field(
+        default="float32",
+        metadata=about("Precision the weights are loaded in.", choices=("auto", "bfloat16", "float16", "float32")),
+    )
+    attn_implementation: str | None = field(
+        default=None, metadata=about("Attention kernel: sdpa, eager, flash_attention_2, ...")
+    )
+    trust_remote_code: bool = field(default=False, metadata=about("Run Python code that comes with the model."))
+    use_peft: bool = field(default=False, metadata=about("Train a LoRA adapter instead of all weights."))
+    lora_r: int = field(default=16, metadata=about("Rank of the adapter.", within=COUNT))
+    lora_alpha: int = field(default=32, metadata=about("Scale of the adapter.", within=COUNT))
+    lora_dropout: float = field(
+        default=0.05, metadata=about("Dropout inside the adapter.", within=Range(0, 1, below_high=True))
+    )
+    lora_target_modules: str | list[str] | None = field(
+        default=None, metadata=about("Modules that get an adapter; `all-linear` for every linear one.")
+    )
+    lora_modules_to_save: list[str] | None = field(
+        default=None, metadata=about("Modules trained in full beside the adapter.")
+    )
+    use_rslora: bool = field(default=False, metadata=about("Scale the adapter by lora_alpha / sqrt(lora_r)."))
+    use_dora: bool = field(
+        default=False, metadata=about("Split updates into direction and length (DoRA, arXiv 2402.09353).")
+    )
+    load_in_8bit: bool = field(default=False, metadata=about("Hold the frozen weights in 8 bits; needs use_peft."))
+    load_in_4bit: bool = field(default=False, metadata=about("Hold the frozen weights in 4 bits; needs use_peft."))
 
 
 @dataclass(frozen=True)
 class DatasetEntry:
     """One part of a mixture of datasets."""
 
-    path: str | None = _setting(None, "A Hub dataset or a local folder.")
-    name: str | None = _setting(None, "Configuration of a Hub dataset.")
-    data_files: str | list[str] | None = _setting(None, "Files to read, instead of a path or inside it.")
-    split: str = _setting("train", "Split to train on.")
-    test_split: str | None = _setting(None, "Split to evaluate on.")
-    columns: list[str] | None = _setting(None, "Columns to keep; all when not set.")
-    column_names: dict[str, str] | None = _setting(None, "Our column name: the name it has in this part.")
-    fraction: float = _setting(1.0, "Share of the rows to use.", within=Range(0, 1, above_low=True))
-
+    path: str | None = field(default=None, metadata=about("A Hub dataset or a local folder."))
+    name: str | None = field(default=None, metadata=about("Configuration of a Hub dataset."))
+    data_files: str | list[str] | None = field(
+        default=None, metadata=about("Files to read, instead of a path or inside it.")
+    )
+    split: str = field(default="train", metadata=about("Split to train on."))
+    test_split: str | None = field(default=None, metadata=about("Split to evaluate on."))
+    columns: list[str] | None = field(default=None, metadata=about("Columns to keep; all when not set."))
+    column_names: dict[str, str] | None = field(
+        default=None, metadata=about("Our column name: the name it has in this part.")
+    )
+    fraction: float = field(
+        default=1.0, metadata=about("Share of the rows to use.", within=Range(0, 1, above_low=True))
+    )
 
     def spec(self, *, with_test: bool) -> DataSpec:
         """What the data room loads for this part."""
@@ -78,17 +99,25 @@ class DatasetEntry:
 class DataSection:
     """Where the rows come from: `dataset_name`, `data_files` (alone, or inside it), or `datasets`, a mixture."""
 
-    dataset_name: str | None = _setting(None, "A Hub dataset or a local folder.")
-    dataset_config: str | None = _setting(None, "Configuration of the Hub dataset.")
-    dataset_train_split: str = _setting("train", "Split to train on.")
-    dataset_test_split: str = _setting("test", "Split to evaluate on.")
-    data_files: str | list[str] | dict[str, Any] | None = _setting(
-        None, "JSON-lines, JSON, CSV or Parquet files: one, a list, or a block with train and test."
+    dataset_name: str | None = field(default=None, metadata=about("A Hub dataset or a local folder."))
+    dataset_config: str | None = field(default=None, metadata=about("Configuration of the Hub dataset."))
+    dataset_train_split: str = field(default="train", metadata=about("Split to train on."))
+    dataset_test_split: str = field(default="test", metadata=about("Split to evaluate on."))
+    data_files: str | list[str] | dict[str, Any] | None = field(
+        default=None,
+        metadata=about("JSON-lines, JSON, CSV or Parquet files: one, a list, or a block with train and test."),
     )
-    datasets: tuple[DatasetEntry, ...] = _setting((), "A mixture: a list of {path, data_files, split, fraction, ...}.")
-    column_names: dict[str, str] | None = _setting(None, "Our column name: the name it has in the data.")
-    test_split_size: float | None = _setting(
-        None, "Share or number of the training rows held back for evaluation.", within=Range(0, above_low=True)
+    datasets: tuple[DatasetEntry, ...] = field(
+        default=(), metadata=about("A mixture: a list of {path, data_files, split, fraction, ...}.")
+    )
+    column_names: dict[str, str] | None = field(
+        default=None, metadata=about("Our column name: the name it has in the data.")
+    )
+    test_split_size: float | None = field(
+        default=None,
+        metadata=about(
+            "Share or number of the training rows held back for evaluation.", within=Range(0, above_low=True)
+        ),
     )
 
     @property
@@ -125,13 +154,14 @@ class DataSection:
 class ReferenceSection:
     """The frozen model a loss compares with; the starting model when `model` is None."""
 
-    source: str = _setting(
-        "auto",
-        "auto: scored once and kept. live: scored every step. none: there is none.",
-        choices=REFERENCE_SOURCES,
+    source: str = field(
+        default="auto",
+        metadata=about(
+            "auto: scored once and kept. live: scored every step. none: there is none.", choices=REFERENCE_SOURCES
+        ),
     )
-    model: str | None = _setting(None, "A Hub name or a local folder.")
-    revision: str | None = _setting(None, "Branch, tag or commit of that model.")
+    model: str | None = field(default=None, metadata=about("A Hub name or a local folder."))
+    revision: str | None = field(default=None, metadata=about("Branch, tag or commit of that model."))
 
 
 @dataclass(frozen=True)

@@ -88,9 +88,15 @@ def _check_statistics(statistics: tuple[str, ...], reference_given: tuple[bool, 
 
 
 def _whole(parameter: Tensor | None) -> Any:
-    """A parameter that is sharded over ranks (DTensor) in full; any other as it is."""
-    gather = getattr(parameter, "full_tensor", None)
-    return parameter if gather is None else gather()
+    """A parameter that is sharded over ranks (DTensor) in full; any other as it is.
+
+    Only without gradient: each rank would keep the gradient of its own tokens and drop those of the others.
+    """
+    if parameter is None or not hasattr(parameter, "full_tensor"):
+        return parameter
+    if parameter.requires_grad and torch.is_grad_enabled():
+        raise ValueError("the head is sharded over ranks, so its gradient cannot be made here; gather it first")
+    return parameter.full_tensor()
 
 
 def _full_precision(tensor: Tensor) -> torch.autocast:

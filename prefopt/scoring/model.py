@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import MethodType
 from typing import Any
 
@@ -15,6 +16,7 @@ import torch
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from prefopt.errors import UserError
@@ -97,17 +99,33 @@ def _score(
 ) -> dict[str, Tensor]:
     given = {name: value for name, value in inputs.items() if value is not None}  # PEFT fills in what was not passed
     hidden = model.base_model(**{**given, "use_cache": False})[0]
-    head = _output_head(model)
     scale, softcap = head_transform(model.config)
-    return score_tokens(
-        hidden.flatten(0, 1).index_select(0, source),
-        head.weight,
-        target,
-        bias=getattr(head, "bias", None),
-        statistics=statistics,
-        softcap=softcap,
-        scale=scale,
-    )
+    with _gathered(_output_head(model)) as head:
+        return score_tokens(
+            hidden.flatten(0, 1).index_select(0, source),
+            head.weight,
+            target,
+            bias=getattr(head, "bias", None),
+            statistics=statistics,
+            softcap=softcap,
+            scale=scale,
+        )
+
+
+@contextmanager
+def _gathered(head: Any) -> Iterator[Any]:
+    """The head with whole parameters, also where FSDP2 made it a unit of its own.
+
+    FSDP gathers a unit when its forward is called, which scoring never does. Gathered by hand, the unit stays so until
+    the end of the backward pass, where FSDP reduces its gradient over ranks with all others. (`full_tensor()` would
+    give the same scores, but each rank would keep the gradient of its own tokens alone.)
+    """
+    by_hand = isinstance(head, FSDPModule)
+    if by_hand:
+        head.unshard()
+    yield head
+    if by_hand and not torch.is_grad_enabled():
+        head.reshard()
 
 
 def head_transform(config: PreTrainedConfig) -> tuple[float, float | None]:

@@ -1,14 +1,15 @@
 """The grammar of the small world: it writes short reviews, and it says of any text whether it could have written it.
 
 A prompt is an opening such as "Review of the film The Quiet Harbor:" and an answer the review that follows, with its
-leading blank: an optional plain fact, two or three opinions, an optional verdict. Each review has a kindness, the chance
-that one of its sentences praises, so some reviews are kind throughout, some harsh, and most are mixed.
+leading blank: an optional plain fact, two or three opinions, an optional verdict. Each review has a kindness, the
+chance that one of its sentences praises, so some reviews are kind throughout, some harsh, and most are mixed.
 """
 
 from __future__ import annotations
 
 import random
 import re
+from collections.abc import Iterable
 from functools import lru_cache
 
 from prefopt.world.words import (
@@ -120,5 +121,5 @@ def _sentence_pattern(kind: str) -> re.Pattern[str]:
     return re.compile(f" (?:{'|'.join(patterns)})")
 
 
-def _one_of(words: tuple[str, ...] | dict[str, float]) -> str:
+def _one_of(words: Iterable[str]) -> str:
     return f"(?:{'|'.join(words)})"

@@ -79,10 +79,12 @@ NEGATORS = ("not", "never")
 STRENGTHENER = "very"
 
 NAME_FIRST = (
-    "Quiet", "Silver", "Lost", "Golden", "Hidden", "Broken", "Distant", "Little", "Burning", "Winter", "Paper", "Crooked",
-    "Blue", "Salt", "Hollow", "Early", "Glass", "Northern", "Second", "Velvet", "Iron", "Painted", "Sleeping", "Wild",
+    "Quiet", "Silver", "Lost", "Golden", "Hidden", "Broken", "Distant", "Little",
+    "Burning", "Winter", "Paper", "Crooked", "Blue", "Salt", "Hollow", "Early",
+    "Glass", "Northern", "Second", "Velvet", "Iron", "Painted", "Sleeping", "Wild",
 )  # fmt: skip
 NAME_LAST = (
-    "Harbor", "Garden", "Lantern", "Bridge", "Orchard", "Tower", "Mirror", "Compass", "Island", "Station", "Valley", "Crown",
-    "Letter", "Kitchen", "River", "Sparrow", "Anchor", "Market", "Staircase", "Violin", "Window", "Forest", "Clock", "Road",
+    "Harbor", "Garden", "Lantern", "Bridge", "Orchard", "Tower", "Mirror", "Compass",
+    "Island", "Station", "Valley", "Crown", "Letter", "Kitchen", "River", "Sparrow",
+    "Anchor", "Market", "Staircase", "Violin", "Window", "Forest", "Clock", "Road",
 )  # fmt: skip

@@ -82,7 +82,8 @@ def test_null_tools_and_template_arguments_are_absent() -> None:
     ],
 )
 def test_bad_tools_and_template_arguments(row: Row, kind: str) -> None:
-    with pytest.raises(DataError, match=rf"rows, row 1: column `{kind[4:] if kind == 'bad_tools' else 'chat_'}.*\({kind}\)"):
+    column = "tools" if kind == "bad_tools" else "chat_template_kwargs"
+    with pytest.raises(DataError, match=rf"rows, row 1: column `{column}`: .*\({kind}\)"):
         load(CHAT if isinstance(row["prompt"], list) else PAIR, row)
 
 
@@ -96,7 +97,7 @@ def test_bad_tools_and_template_arguments(row: Row, kind: str) -> None:
         (PAIR, CHAT, "this row is messages, rows, row 0 is text"),
         (CHAT, PAIR, "this row is text, rows, row 0 is messages"),
         (PAIR, LABELLED, "this row is written as labelled answers, rows, row 0 as pairs"),
-        ({"chosen": "a b", "rejected": "a c"}, PAIR, "this row is written as pairs, rows, row 0 as pairs with the prompt"),
+        ({"chosen": "a b", "rejected": "a c"}, PAIR, "written as pairs, rows, row 0 as pairs with the prompt inside"),
     ],
 )
 def test_first_row_that_differs_is_named(first: Row, other: Row, said: str, policy: str) -> None:
@@ -163,19 +164,21 @@ def test_answers_without_a_difference_are_refused(row: Row, said: str) -> None:
 @pytest.mark.parametrize(
     ("chosen", "rejected", "prompt_length"),
     [
-        (["user: q", "assistant: a"], ["user: q", "assistant: b"], 1),
-        (["system: s", "user: q", "assistant: a"], ["system: s", "user: q", "assistant: b"], 2),
-        (["user: q", "assistant: a", "user: r", "assistant: b"], ["user: q", "assistant: a", "user: r", "assistant: c"], 3),
-        (["user: q", "assistant: a"], ["user: q", "assistant: a", "user: r", "assistant: b"], 1),
-        (["user: q", "assistant: a", "user: r", "assistant: b"], ["user: q", "assistant: a", "user: t", "assistant: b"], 1),
+        ("u q|a a", "u q|a b", 1),
+        ("s s|u q|a a", "s s|u q|a b", 2),
+        ("u q|a a|u r|a b", "u q|a a|u r|a c", 3),
+        ("u q|a a", "u q|a a|u r|a b", 1),
+        ("u q|a a|u r|a b", "u q|a a|u t|a b", 1),
     ],
 )
-def test_shared_beginning_of_conversations(chosen: list[str], rejected: list[str], prompt_length: int) -> None:
+def test_shared_beginning_of_conversations(chosen: str, rejected: str, prompt_length: int) -> None:
     """The prompt ends where both go on with an assistant turn; answers are never empty."""
-    prompt, *answers = split_messages(turns(*chosen), turns(*rejected))
-    assert prompt == turns(*chosen)[:prompt_length]
-    assert [prompt + answer for answer in answers] == [turns(*chosen), turns(*rejected)]
-    (example,) = load({"chosen": turns(*chosen), "rejected": turns(*rejected)})
+    roles = {"s ": "system: ", "u ": "user: ", "a ": "assistant: "}
+    good, bad = (turns(*(roles[turn[:2]] + turn[2:] for turn in said.split("|"))) for said in (chosen, rejected))
+    prompt, *answers = split_messages(good, bad)
+    assert prompt == good[:prompt_length]
+    assert [prompt + answer for answer in answers] == [good, bad]
+    (example,) = load({"chosen": good, "rejected": bad})
     assert [example.prompt, example.chosen, example.rejected] == [prompt, *answers]
 
 
@@ -321,8 +324,8 @@ def test_undeclared_columns_are_not_judged() -> None:
 
 
 def test_missing_declared_column_names_the_nearest() -> None:
-    with pytest.raises(DataError, match=r"column `score_chosen`: .*Did you mean `chosen_score`\?.*missing_column"):
-        load({**PAIR, "chosen_score": 1.0}, required_columns=("score_chosen",))
+    with pytest.raises(DataError, match=r"column `score_chosen`: .*Did you mean `scores_chosen`\?.*missing_column"):
+        load({**PAIR, "scores_chosen": 1.0}, required_columns=("score_chosen",))
 
 
 def test_optional_column_is_in_every_row_or_in_none() -> None:
@@ -337,7 +340,7 @@ def test_optional_column_is_in_every_row_or_in_none() -> None:
 
 
 def test_answers_that_repeat_the_prompt_are_counted() -> None:
-    rows = [{**PAIR, "chosen": f" {index}"} for index in range(7)]
+    rows = [{**PAIR, "chosen": f" four {index}"} for index in range(7)]
     rows += [{**PAIR, "chosen": f"2+2? {index}"} for index in range(2)] + [{**PAIR, "rejected": "2+2? 5"}]
     report = load_examples(DataSpec(rows=rows)).report
     assert report.notes["prompt_repeated"].count == 3

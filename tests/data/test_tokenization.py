@@ -18,7 +18,6 @@ from prefopt.errors import DataError, UserError
 from tests.helpers import WORDS, make_tokenizer, text_pairs
 
 BOS, EOS = 1, 2
-ANY_LOSS = TokenSettings(max_dropped=1.0)
 
 
 def examples_of(rows: list[dict[str, Any]]) -> list[Example]:
@@ -103,7 +102,9 @@ def test_every_text_answer_ends_with_exactly_one_scored_eos(pad_is_eos):
 
 def test_conservation_every_answer_token_is_scored():
     tokenizer = make_tokenizer()
-    chats = [chat_pair(row["prompt"], row["chosen"].strip(), row["rejected"].strip()) for row in text_pairs(200, seed=1)]
+    chats = [
+        chat_pair(row["prompt"], row["chosen"].strip(), row["rejected"].strip()) for row in text_pairs(200, seed=1)
+    ]
     for rows in (text_pairs(200), chats):
         tokenized, report = tokenize(rows, tokenizer)
         assert all(row[f"{side}_scored"].all() for row in tokenized for side in ("chosen", "rejected"))
@@ -162,7 +163,7 @@ def test_without_bos_no_none_and_no_negative_id_gets_in(monkeypatch):
     for row in tokenize([*text_pairs(5)], tokenizer).rows:
         assert all(row[f"{part}_ids"].dtype == np.int32 for part in ("prompt", "chosen", "rejected"))
         assert min(row["prompt_ids"].min(), row["chosen_ids"].min()) >= 0
-    monkeypatch.setattr(TextEncoder, "many", lambda self, texts: {text: [5, None] for text in texts})
+    monkeypatch.setattr(TextEncoder, "continuations", lambda self, texts: {text: [5, None] for text in texts})
     with pytest.raises(UserError, match=r"rows\.jsonl:1.*vocabulary of 320"):
         tokenize(text_pairs(1), tokenizer)
 
@@ -267,13 +268,13 @@ def test_prompts_one_token_below_the_limit_leave_no_signal():
 
 
 def test_a_cut_answer_is_told_and_which_side_lost_its_end():
-    rows = [{"prompt": "the", "chosen": " cat sat on a mat and saw two red birds", "rejected": " cat"}]
+    rows = [{"prompt": "the", "chosen": " cat sat on a mat and saw two red birds", "rejected": " mat over"}]
     tokenizer = make_tokenizer()
     (row,), report = tokenize(rows, tokenizer, TokenSettings(max_length=8))
     assert len(row["prompt_ids"]) + len(row["chosen_ids"]) == 8 and EOS not in row["chosen_ids"]
     assert row["rejected_ids"][-1] == EOS
     assert report.noted["eos_cut"].count == report.noted["eos_cut_one_sided"].count == 1
-    (row,), report = tokenize(rows, tokenizer, TokenSettings(max_length=8, cut_answers="same_length", max_dropped=1.0))
+    (row,), report = tokenize(rows, tokenizer, TokenSettings(max_length=8, cut_answers="same_length"))
     assert len(row["chosen_ids"]) == len(row["rejected_ids"]) and "eos_cut_one_sided" not in report.noted
 
 
@@ -283,17 +284,27 @@ def test_the_report_counts_tokens_and_is_plain_data():
     prompt = sum(len(row["prompt_ids"]) for row in tokenized)
     answers = sum(len(row["chosen_ids"]) + len(row["rejected_ids"]) for row in tokenized)
     assert told["tokens"]["plain"] == 2 * prompt + answers and told["tokens"]["shared"] == prompt + answers
-    assert told["lengths"]["prompt"]["p100"] == max(len(row["prompt_ids"]) for row in tokenized)
+    assert told["lengths"]["prompt"]["max"] == max(len(row["prompt_ids"]) for row in tokenized)
     assert report.lines()[0].startswith("30 of 30 rows kept")
 
 
 @pytest.mark.parametrize(
     ("settings", "told"),
-    [({"max_dropped": 1.5}, "max_dropped"), ({"prompt_boundary": "prefix"}, "common_prefix"), ({"identical_pairs": "no"}, "drop")],
+    [
+        ({"max_dropped": 1.5}, "max_dropped"),
+        ({"prompt_boundary": "prefix"}, "common_prefix"),
+        ({"identical_pairs": "no"}, "drop"),
+    ],
 )
 def test_settings_out_of_range_are_refused(settings, told):
     with pytest.raises(UserError, match=told):
         TokenSettings(**settings)
+
+
+def test_pairs_and_labelled_answers_do_not_mix():
+    examples = [*examples_of(text_pairs(2)), raw_example(prompt="the", completion=" cat", desirable=True)]
+    with pytest.raises(DataError, match=r"rows\.jsonl:8.*mixed"):
+        tokenize_examples(examples, make_tokenizer(), TokenSettings())
 
 
 def test_no_examples_is_an_error():

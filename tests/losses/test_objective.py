@@ -34,7 +34,7 @@ class Shifted(Loss):
 class Averaged(Loss):
     """Returns a mean, which no loss may do."""
 
-    needs = Needs()
+    needs = Needs(columns=("preference",))
 
     def __call__(self, view):
         return LossOutput(view.chosen.total("logp").mean()[None], self.unit)
@@ -188,6 +188,8 @@ def test_needs_are_those_of_all_terms():
     assert mixture.columns == ("target",)
     assert mixture.optional_columns == ("preference",)
     assert mixture.paired_required and mixture.all_completions and mixture.has_estimates
+    stricter = Objective([(1.0, make("dpo")), (1.0, Averaged())])
+    assert (stricter.columns, stricter.optional_columns) == (("preference",), ())
 
 
 def test_needs_of_one_term_are_no_more_than_its_own():
@@ -250,6 +252,6 @@ def test_mixtures_that_make_no_sense_are_refused():
 
 
 def test_a_loss_that_averages_is_caught():
-    micro = random_micro()
+    micro = random_micro(columns=("preference",))
     with pytest.raises(ValueError, match=r"shape \(1,\) per pair; it declares unit pair, so shape \(4,\)"):
-        Objective([(1.0, Averaged())])(micro.scores, micro.sides, {})
+        Objective([(1.0, Averaged())])(micro.scores, micro.sides, micro.columns)

@@ -1,0 +1,149 @@
+"""The command line. Heavy rooms are opened only by the command that needs them."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from prefopt.errors import UserError
+
+_OVERRIDES = "Any setting of the recipe can be given as --key value, --key=value or --loss.beta value; it wins."
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit status; a `UserError` is printed as its message alone, status 2."""
+    parser = _parser()
+    options, rest = parser.parse_known_args(list(sys.argv[1:] if arguments is None else arguments))
+    if rest and not getattr(options, "takes_overrides", False):
+        parser.error(f"unknown argument: {rest[0]}")
+    try:
+        options.run(options, rest)
+    except UserError as error:
+        _print_once(f"error: {error}")
+        return 2
+    finally:
+        _leave_together()
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="prefopt", description="Preference optimisation of language models.")
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+
+    train = commands.add_parser("train", help="train as a recipe says", description=_OVERRIDES, allow_abbrev=False)
+    train.add_argument("recipe", help="a YAML file, or the name of a recipe that comes with the package")
+    train.set_defaults(run=_train, takes_overrides=True)
+
+    explain = commands.add_parser(
+        "explain", help="say what a recipe would do: steps, tokens, reference, memory", description=_OVERRIDES, allow_abbrev=False
+    )
+    explain.add_argument("recipe")
+    explain.set_defaults(run=_explain, takes_overrides=True)
+
+    recipe = commands.add_parser("recipe", help="print a recipe that comes with the package, or list them")
+    recipe.add_argument("name", nargs="?")
+    recipe.set_defaults(run=_recipe)
+
+    losses = commands.add_parser("losses", help="list the losses, or print the page of one")
+    losses.add_argument("name", nargs="?")
+    losses.set_defaults(run=_losses)
+
+    evaluate = commands.add_parser("evaluate", help="score a checkpoint on a preference file")
+    evaluate.add_argument("model", help="a local folder or a Hub name; an adapter folder too")
+    evaluate.add_argument("--data", required=True, nargs="+", help="preference files: pairs, or labelled answers")
+    evaluate.add_argument("--reference", help="the model that log-ratios are taken against")
+    evaluate.add_argument("--batch_size", type=int, default=8)
+    evaluate.add_argument("--max_length", type=int, default=1024)
+    evaluate.add_argument("--max_dropped", type=float, default=0.01, help="largest share of rows the limit may drop")
+    evaluate.add_argument("--json", metavar="FILE", help="write the figures there as well")
+    evaluate.set_defaults(run=_evaluate)
+
+    for command in (train, explain, losses):
+        command.add_argument("--plugin", action="append", default=[], metavar="FILE", help="a Python file with a loss of your own")
+    return parser
+
+
+def _train(options: argparse.Namespace, overrides: list[str]) -> None:
+    from prefopt.launch import prepare_environment, starting_line
+
+    asked = prepare_environment()
+    from prefopt.console import say
+    from prefopt.procedures import make_plan, run_plan
+    from prefopt.recipe import load_recipe
+
+    _load_plugins(options)
+    recipe = load_recipe(options.recipe, overrides)
+    say(starting_line(asked))
+    run_plan(make_plan(recipe))
+
+
+def _explain(options: argparse.Namespace, overrides: list[str]) -> None:
+    from prefopt.explain import explain
+    from prefopt.recipe import load_recipe
+
+    _load_plugins(options)
+    print(explain(load_recipe(options.recipe, overrides)))
+
+
+def _recipe(options: argparse.Namespace, rest: list[str]) -> None:
+    from prefopt.recipe import bundled_recipes, recipe_text
+
+    print(recipe_text(options.name) if options.name else "\n".join(bundled_recipes()), end="" if options.name else "\n")
+
+
+def _losses(options: argparse.Namespace, rest: list[str]) -> None:
+    from prefopt.losses.pages import page, table_rows
+
+    _load_plugins(options)
+    if options.name:
+        print(page(options.name))
+        return
+    for name, _, _, summary in table_rows():
+        print(f"{name:14} {summary}")
+
+
+def _evaluate(options: argparse.Namespace, rest: list[str]) -> None:
+    from prefopt.launch import prepare_environment
+
+    prepare_environment()
+    from prefopt.console import say
+    from prefopt.evaluation import evaluate_files, evaluation_text
+    from prefopt.report.results import write_whole
+
+    result = evaluate_files(
+        options.model,
+        options.data,
+        options.reference,
+        batch_size=options.batch_size,
+        max_length=options.max_length,
+        max_dropped=options.max_dropped,
+    )
+    say(evaluation_text(result))
+    if options.json:
+        import json
+        from pathlib import Path
+
+        write_whole(Path(options.json), json.dumps(result, indent=2) + "\n")
+
+
+def _load_plugins(options: argparse.Namespace) -> None:
+    from prefopt.losses import load_plugin
+
+    for file in options.plugin:
+        load_plugin(file)
+
+
+def _print_once(text: str) -> None:
+    """Print an error from one process: ranks that fail together would say the same several times over."""
+    import os
+
+    if int(os.environ.get("RANK", "0")) == 0:
+        print(text, file=sys.stderr, flush=True)
+
+
+def _leave_together() -> None:
+    """Close the process group; without it a rank may abort after its work is done, and the launcher call it a failure."""
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is not None and distributed.is_available() and distributed.is_initialized():
+        distributed.destroy_process_group()

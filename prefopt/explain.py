@@ -1,0 +1,270 @@
+"""`prefopt explain RECIPE`: what a run will do, told before any weights are loaded."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft import get_peft_model
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
+from transformers.utils.import_utils import is_torch_bf16_gpu_available
+
+from prefopt.data import Example, load_train_test
+from prefopt.data.tokenization import TokenSettings, tokenize_examples
+from prefopt.errors import UserError
+from prefopt.losses.pages import needs_summary
+from prefopt.models import adapter_config
+from prefopt.recipe import ModelSection, Recipe
+from prefopt.recipe.checks import scratch_config
+from prefopt.recipe.write import to_yaml
+
+SAMPLE = 2000
+CHARACTERS_PER_TOKEN = 4
+WEIGHT = "weight"
+LENGTH_SETTINGS = ("max_length", "truncation_mode", "cut_answers", "min_prompt_tokens", "max_dropped")
+BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+# Numbers an optimizer keeps for each trained weight; those not named keep two, as Adam does.
+STATES = {"adamw": 2.0, "adam": 2.0, "sgd": 0.0, "adafactor": 0.05, "lion": 1.0, "rmsprop": 1.0, "adagrad": 1.0}
+# Bytes a transformer layer keeps per token and hidden unit at 16 bits without attention matrices, Korthikanti et al.
+# 2022 (arXiv 2205.05198), eq. 1.
+LAYER_BYTES = 34
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows of a run and their mean length, the prompt counted with every answer; None where nobody could tell."""
+
+    note: str
+    train: int | None = None
+    test: int | None = None
+    tokens: float | None = None
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Numbers in a model: all weights, and those that are trained; `width` is bytes of one weight."""
+
+    parameters: int
+    trainable: int
+    width: float
+    layers: int
+    hidden: int
+
+
+def explain(recipe: Recipe, *, world_size: int | None = None) -> str:
+    """A page of text: the resolved recipe, rows and steps, the reference, and memory by part.
+
+    `world_size`: devices of the run; the launcher's, or 1, when not given. Rows are counted from local files; nothing
+    is downloaded but the model's configuration. What is estimated is called an estimate.
+    """
+    devices = world_size or int(os.environ.get("WORLD_SIZE", "1"))
+    settings = recipe.resolved()
+    rows = count_rows(recipe)
+    sections = {
+        f"Recipe {recipe.name}, with its defaults": to_yaml(settings).rstrip(),
+        "Losses": "\n".join(f"{loss.name}: {needs_summary(loss.needs)}" for loss in recipe.objective().losses),
+        "Rows and steps": _steps(settings, rows, devices),
+        "Reference": reference_plan(recipe),
+        "Memory of one device, nothing sharded (estimate)": _memory(recipe, settings, rows),
+    }
+    return "\n\n".join(f"{title}\n{'-' * len(title)}\n{text}" for title, text in sections.items()) + "\n"
+
+
+def reference_plan(recipe: Recipe) -> str:
+    """Which model is the reference and what it costs, in a sentence."""
+    names = ", ".join(loss.name for loss in recipe.loss)
+    if recipe.objective().reference == "none":
+        return f"none: {names} needs none, and no second model is loaded."
+    if recipe.reference.model:
+        return f"{recipe.reference.model}, as the recipe says. It is held as a second model."
+    if recipe.model.use_peft:
+        return "the starting model: the policy with its adapter switched off. No second model is held."
+    return "the starting model, frozen. It is held as a second model while it is scored."
+
+
+def count_rows(recipe: Recipe) -> Rows:
+    """Count and measure the rows of local files. What is wrong with them becomes a note: explaining never fails."""
+    if not recipe.data.local_files():
+        return Rows("Rows are not counted: the data is not on this machine.")
+    objective = recipe.objective()
+    settings = recipe.resolved()
+    try:
+        train, test = load_train_test(
+            recipe.data_spec(),
+            on_bad_row=settings["on_bad_row"],
+            max_bad_rows=settings.get("max_bad_rows"),
+            paired=objective.paired_required or None,
+            required_columns=objective.columns,
+            optional_columns=(*objective.optional_columns, WEIGHT),
+        )
+    except UserError as error:
+        return Rows(f"The data is refused: {error}")
+    tokens, note = _length(recipe, settings, train.examples)
+    return Rows(note, len(train.examples), None if test is None else len(test.examples), tokens)
+
+
+def measure_model(section: ModelSection) -> Sizes:
+    """Count a model's weights without loading or making any. Raises `UserError` when its configuration is not there."""
+    config = _config(section)
+    with torch.device("meta"):
+        model: nn.Module = AutoModelForCausalLM.from_config(config, trust_remote_code=section.trust_remote_code)
+        parameters = sum(parameter.numel() for parameter in model.parameters())
+        adapter = adapter_config(section)
+        if adapter is not None:
+            model = get_peft_model(model, adapter)
+    trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    text = config.get_text_config()
+    return Sizes(parameters, trainable, _width(section, config), text.num_hidden_layers, text.hidden_size)
+
+
+def memory_parts(sizes: Sizes, settings: Mapping[str, Any], tokens: float, *, second_model: bool) -> dict[str, float]:
+    """Bytes by part on one device, nothing sharded. `tokens`: what one forward reads; `settings`: a resolved recipe."""
+    # Adapters and their gradients are float32 whatever the weights are held in.
+    width = sizes.width if sizes.trainable == sizes.parameters else BYTES["float32"]
+    added = sizes.trainable * width if sizes.trainable != sizes.parameters else 0
+    parts = {
+        "weights": sizes.parameters * sizes.width + added,
+        "gradients": sizes.trainable * width,
+        "optimizer": sizes.trainable * _optimizer_bytes(str(settings["optim"]), width),
+        "activations": _activations(sizes, settings, tokens),
+        "reference": sizes.parameters * sizes.width if second_model else 0.0,
+    }
+    return {**parts, "in all": sum(parts.values())}
+
+
+def _config(section: ModelSection) -> PreTrainedConfig:
+    if section.from_scratch is not None:
+        return scratch_config(section.from_scratch)
+    try:
+        config: PreTrainedConfig = AutoConfig.from_pretrained(
+            str(section.model_name_or_path),
+            revision=section.model_revision,
+            trust_remote_code=section.trust_remote_code,
+        )
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise UserError(f"the configuration of `{section.model_name_or_path}` cannot be read. {reason}") from error
+    return config
+
+
+def _width(section: ModelSection, config: PreTrainedConfig) -> float:
+    if section.load_in_4bit:
+        return 0.5
+    if section.load_in_8bit:
+        return 1.0
+    dtype = str(config.dtype or "float32").removeprefix("torch.") if section.dtype == "auto" else section.dtype
+    return BYTES[dtype]
+
+
+def _optimizer_bytes(optimizer: str, width: float) -> float:
+    states = next((count for name, count in STATES.items() if name in optimizer), 2.0)
+    return states * (1.0 if optimizer.endswith("8bit") else width)
+
+
+def _activations(sizes: Sizes, settings: Mapping[str, Any], tokens: float) -> float:
+    """With checkpointing one input per layer is kept, and one layer at a time is worked out again."""
+    bf16 = is_torch_bf16_gpu_available() if settings["bf16"] is None else settings["bf16"]
+    bytes_each = 2 if bf16 or settings["fp16"] or sizes.width < BYTES["float32"] else 4
+    layer = LAYER_BYTES * bytes_each / 2 * tokens * sizes.hidden
+    if settings["activation_checkpointing"]:
+        return layer + sizes.layers * tokens * sizes.hidden * bytes_each
+    return layer * sizes.layers
+
+
+def _length(recipe: Recipe, settings: dict[str, Any], examples: Sequence[Example]) -> tuple[float, str]:
+    """Mean tokens of a row: with the tokenizer where it is on this machine, else estimated from characters."""
+    sample, every_answer = examples[:SAMPLE], recipe.objective().all_completions
+    estimate = sum(_characters(example, every_answer) for example in sample) / len(sample) / CHARACTERS_PER_TOKEN
+    tokenizer = _local_tokenizer(recipe)
+    if tokenizer is None:
+        return estimate, f"Lengths are estimates, {CHARACTERS_PER_TOKEN} characters to a token: no tokenizer is here."
+    try:
+        lengths = TokenSettings(**{name: settings[name] for name in LENGTH_SETTINGS})
+        report = tokenize_examples(sample, tokenizer, lengths).report
+    except UserError as error:
+        return estimate, f"The rows are refused: {error}"
+    counts = report.tokens
+    tokens = counts["plain"] if every_answer or "chosen" not in counts else counts["prompt"] + counts["chosen"]
+    return tokens / report.kept, f"Tokenised: {report.kept} of the first {len(sample)} rows kept."
+
+
+def _local_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase | None:
+    name = recipe.model.tokenizer_name_or_path or recipe.model.model_name_or_path
+    if name is None:
+        return None
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            name, local_files_only=True, trust_remote_code=recipe.model.trust_remote_code
+        )
+    except (OSError, ValueError):
+        return None
+    return tokenizer
+
+
+def _characters(example: Example, every_answer: bool) -> int:
+    answers = [example.chosen, example.rejected if every_answer else None, example.completion]
+    return sum(_text_length(example.prompt) + _text_length(answer) for answer in answers if answer is not None)
+
+
+def _text_length(part: Any) -> int:
+    if isinstance(part, str):
+        return len(part)
+    return sum(len(str(message.get("content") or "")) for message in part)
+
+
+def _steps(settings: dict[str, Any], rows: Rows, devices: int) -> str:
+    batch, accumulated = settings["per_device_train_batch_size"], settings["gradient_accumulation_steps"]
+    effective = batch * accumulated * devices
+    table = {}
+    if rows.train is not None:
+        table["rows"] = f"{rows.train}" + ("" if rows.test is None else f" to train on, {rows.test} to evaluate on")
+    table["effective batch"] = f"{effective} = {batch} a device x {accumulated} accumulated x devices: {devices}"
+    table["steps"] = _step_count(settings, rows.train, effective)
+    if rows.tokens is not None:
+        each = f"{rows.tokens:.0f} a row, the prompt counted with every answer"
+        table["tokens a step"] = f"{rows.tokens * effective:,.0f} ({each})"
+    return f"{_table(table)}\n{rows.note}"
+
+
+def _step_count(settings: dict[str, Any], rows: int | None, effective: int) -> str:
+    if settings["max_steps"] > 0:
+        return f"{settings['max_steps']} (max_steps)"
+    epochs = settings["num_train_epochs"]
+    if rows is None:
+        return f"{epochs:g} epochs"
+    whole = settings.get("dataloader_drop_last", False)
+    per_epoch = max(1, rows // effective if whole else math.ceil(rows / effective))
+    return f"{per_epoch} an epoch, {math.ceil(epochs * per_epoch)} in {epochs:g} epochs"
+
+
+def _memory(recipe: Recipe, settings: dict[str, Any], rows: Rows) -> str:
+    try:
+        sizes = measure_model(recipe.model)
+    except UserError as error:
+        return f"not estimated: {error}"
+    batch = settings["per_device_train_batch_size"]
+    longest = settings["max_length"] or rows.tokens or 0
+    answers = 2 if recipe.objective().paired_required else 1
+    tokens = batch * (rows.tokens if rows.tokens is not None else answers * longest)
+    needs_second = recipe.objective().reference != "none"
+    second = needs_second and (recipe.reference.model is not None or not recipe.model.use_peft)
+    parts = memory_parts(sizes, settings, tokens, second_model=second)
+    count = f"{sizes.parameters:,} weights, {sizes.trainable:,} of them trained"
+    lines = {name: _bytes(value) for name, value in parts.items()}
+    basis = "rows of mean length" if rows.tokens is not None else f"rows of {longest} tokens"
+    return f"{count}\n{_table(lines)}\nActivations are a rough figure, for {batch} {basis}."
+
+
+def _bytes(value: float) -> str:
+    unit = 2**30 if value >= 2**30 else 2**20
+    return f"{value / unit:,.1f} {'GiB' if unit == 2**30 else 'MiB'}"
+
+
+def _table(lines: dict[str, str]) -> str:
+    width = max(len(name) for name in lines)
+    return "\n".join(f"{name:<{width}}  {text}" for name, text in lines.items())

@@ -1,0 +1,190 @@
+"""One training stage from its recipe: data, then model, then trainer, then the run folder's report."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from accelerate import PartialState
+from transformers import PreTrainedTokenizerBase
+from transformers.trainer_utils import get_last_checkpoint
+
+from prefopt.checks import check_rows
+from prefopt.console import say
+from prefopt.data import Example, load_examples
+from prefopt.data.dataset import TokenDataset
+from prefopt.data.prepare import Preparation
+from prefopt.losses import Objective
+from prefopt.models import adapter_config, load_model, load_tokenizer, quantization_config
+from prefopt.recipe import Recipe
+from prefopt.report.card import write_card
+from prefopt.report.plots import save_plots
+from prefopt.report.results import MetricsFile, read_metrics, write_results
+from prefopt.scratch import build_model, train_tokenizer
+from prefopt.trainer import PreferenceTrainer
+
+
+@dataclass
+class Phases:
+    """Wall-clock seconds of each phase of a run."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Time a block and add it to the phase of this name."""
+        start = time.monotonic()
+        try:
+            yield
+        finally:
+            self.seconds[name] = round(self.seconds.get(name, 0.0) + time.monotonic() - start, 2)
+
+
+def train(recipe: Recipe) -> dict[str, Any]:
+    """Train as a recipe says and leave model, recipe, figures, plots and card in its run folder; returns the results.
+
+    A folder with a checkpoint is continued from it. Raises `UserError` for what a user can mend, data before weights.
+    """
+    phases = Phases()
+    objective = recipe.objective()
+    args = recipe.training_arguments()
+    with phases.phase("data"):
+        tokenizer = open_tokenizer(recipe)
+        preparation = Preparation.for_objective(tokenizer, args, objective, say=say)
+        data, test = preparation.train_and_test(recipe.data_spec())
+        check_rows(objective, data)
+        check_rows(objective, test)
+    with phases.phase("model"):
+        trainer = build_trainer(recipe, objective, tokenizer, data, test)
+    if PartialState().is_main_process:
+        recipe.dump(Path(recipe.output_dir) / "recipe.yaml")
+    say(*opening_lines(trainer))
+    with phases.phase("train"):
+        outcome = trainer.train(resume_from_checkpoint=_checkpoint(recipe))
+    with phases.phase("evaluate"):
+        evaluation = trainer.evaluate() if test is not None else {}
+    with phases.phase("save"):
+        trainer.save_model(recipe.output_dir)
+    results = {
+        "train": {**_last_logged(trainer), **outcome.metrics},
+        "eval": evaluation,
+        "data": {"train": data.reports["tokens"], **({"eval": test.reports["tokens"]} if test else {})},
+        "rows": {"train": data.reports["data"], **({"eval": test.reports["data"]} if test else {})},
+        "reference": trainer.reference.summary,
+        "steps": trainer.state.global_step,
+        "tokens": trainer.state.num_input_tokens_seen,
+        "seconds": phases.seconds,
+    }
+    if PartialState().is_main_process:
+        write_report(recipe, objective, results)
+    PartialState().wait_for_everyone()
+    return results
+
+
+def build_trainer(
+    recipe: Recipe,
+    objective: Objective,
+    tokenizer: PreTrainedTokenizerBase,
+    data: TokenDataset,
+    test: TokenDataset | None,
+) -> PreferenceTrainer:
+    """The trainer of a recipe: model, adapter and reference opened, nothing trained yet."""
+    section, reference = recipe.model, recipe.reference
+    options = {
+        "trust_remote_code": section.trust_remote_code,
+        "attn_implementation": section.attn_implementation,
+        "quantization_config": quantization_config(section),
+    }
+    args = recipe.training_arguments()
+    if section.from_scratch is not None:
+        model = build_model(section.from_scratch, tokenizer, args.seed)
+    else:
+        model = load_model(
+            str(section.model_name_or_path), dtype=section.dtype, revision=section.model_revision, **options
+        )
+    explicit = None
+    if reference.model is not None:
+        explicit = load_model(reference.model, dtype=section.dtype, revision=reference.revision, **options)
+    return PreferenceTrainer(
+        model,
+        explicit,
+        args,
+        objective,
+        train_dataset=data,
+        eval_dataset=test,
+        processing_class=tokenizer,
+        callbacks=[MetricsFile()],
+        peft_config=adapter_config(section),
+    )
+
+
+def open_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
+    """The recipe's tokenizer: loaded, or trained on the training rows for a model from scratch."""
+    section = recipe.model
+    name = section.tokenizer_name_or_path or section.model_name_or_path
+    if name is None:
+        examples = load_examples(recipe.data_spec()).examples
+        vocab_size = (section.from_scratch or {}).get("vocab_size", 8192)
+        chat = any(isinstance(example.prompt, list) for example in examples)
+        return train_tokenizer(_texts(examples), vocab_size, chat=chat)
+    revision = section.model_revision if section.tokenizer_name_or_path is None else None
+    tokenizer = load_tokenizer(name, revision=revision, trust_remote_code=section.trust_remote_code)
+    if section.chat_template_path is not None:
+        tokenizer.chat_template = Path(section.chat_template_path).read_text(encoding="utf-8")
+    return tokenizer
+
+
+def opening_lines(trainer: PreferenceTrainer) -> list[str]:
+    """What is about to be trained, in a few lines."""
+    args = trainer.args
+    trainable = sum(parameter.numel() for parameter in trainer.model.parameters() if parameter.requires_grad)
+    total = sum(parameter.numel() for parameter in trainer.model.parameters())
+    batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+    losses = " + ".join(f"{weight:g} {loss}" for weight, loss in trainer.objective.terms)
+    return [
+        f"loss: {losses}",
+        f"model: {type(trainer.model).__name__}, {trainable:,} of {total:,} parameters trained",
+        f"step: {batch} rows ({args.per_device_train_batch_size} a device x {args.gradient_accumulation_steps} "
+        f"micro-batches x {args.world_size} processes), {args.train_sampling_strategy} order",
+        f"dropout: {'off (adapters keep their own)' if args.disable_dropout else 'as the model has it'}",
+    ]
+
+
+def write_report(recipe: Recipe, objective: Objective, results: dict[str, Any]) -> None:
+    """Leave `results.json`, `plots/` and the model card in the run folder."""
+    folder = Path(recipe.output_dir)
+    write_results(folder, results)
+    save_plots(folder, read_metrics(folder / "metrics.jsonl"))
+    docs = {loss.name: type(loss).__doc__ or "" for loss in objective.losses}
+    write_card(folder, recipe.resolved(), base_model=recipe.model.model_name_or_path, loss_docs=docs)
+    say(f"report: {folder}/README.md, results.json, metrics.jsonl, plots/")
+
+
+def _texts(examples: Sequence[Example]) -> Iterator[str]:
+    """Every text of the examples, message by message."""
+    for example in examples:
+        for part in (example.prompt, example.chosen, example.rejected, example.completion):
+            if isinstance(part, str):
+                yield part
+            yield from (message["content"] or "" for message in part or [] if isinstance(message, dict))
+
+
+def _checkpoint(recipe: Recipe) -> str | None:
+    """The checkpoint to go on from: the one named, else the newest in the run folder, else none."""
+    named = recipe.training.get("resume_from_checkpoint")
+    if named:
+        return str(named)
+    folder = Path(recipe.output_dir)
+    found = get_last_checkpoint(str(folder)) if folder.is_dir() else None
+    if found:
+        say(f"resume: going on from {found}")
+    return found
+
+
+def _last_logged(trainer: PreferenceTrainer) -> dict[str, float]:
+    """The last training metrics that were logged."""
+    return next((line for line in reversed(trainer.state.log_history) if "loss" in line), {})

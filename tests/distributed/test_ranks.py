@@ -1,0 +1,51 @@
+"""Two ranks give the weights and the figures of one, and see each row once."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.distributed.worker import CASES, run
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory):
+    """What each of two gloo ranks found for every case; a hang is a failure."""
+    folder = tmp_path_factory.mktemp("ranks")
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command = [*launch, "-m", "tests.distributed.worker", str(folder)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    return [torch.load(folder / f"rank{rank}.pt", weights_only=False) for rank in range(2)]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_two_ranks_are_one(tmp_path, two_ranks, name):
+    one = run(CASES[name], str(tmp_path), world=1)
+    ranks = [found[name] for found in two_ranks]
+    torch.testing.assert_close(ranks[0]["weights"], one["weights"], atol=1e-6, rtol=0)
+    assert torch.equal(ranks[0]["weights"], ranks[1]["weights"])
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_each_row_is_seen_once_an_epoch(two_ranks, name):
+    epochs = zip(*(found[name]["visits"] for found in two_ranks), strict=True)
+    for parts in epochs:
+        assert sorted(row for part in parts for row in part) == list(range(CASES[name]["rows"]))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_logged_figures_are_those_of_one_rank(tmp_path, two_ranks, name):
+    one = run(CASES[name], str(tmp_path), world=1)
+    for ours, theirs in zip(two_ranks[0][name]["logs"], one["logs"], strict=True):
+        for key in theirs:
+            assert ours[key] == pytest.approx(theirs[key], rel=1e-4, abs=1e-6), key
+    figures = {key for key in one["evaluation"] if "/" in key or key.endswith(("loss", "entropy"))}
+    for key in figures:
+        assert two_ranks[1][name]["evaluation"][key] == pytest.approx(one["evaluation"][key], rel=1e-5, abs=1e-6), key

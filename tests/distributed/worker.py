@@ -1,0 +1,88 @@
+"""Runs the cases of `test_ranks.py` on the ranks of one launch and writes what each rank found."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+os.environ["ACCELERATE_USE_CPU"] = "true"
+
+import torch
+from peft import LoraConfig
+from transformers import TrainerCallback
+
+from tests.helpers import text_pairs
+from tests.training import CentredLoss, make_trainer, weights
+
+ADAPTER = {"r": 4, "target_modules": ["q_proj", "v_proj"], "init_lora_weights": "gaussian"}
+
+# name -> rows, settings; two ranks take half the batch of one, so that the steps are the same.
+CASES: dict[str, dict[str, Any]] = {
+    "thirteen_rows": {"rows": 13, "batch": 4, "accumulation": 2, "epochs": 2},
+    "an_empty_rank_at_the_end": {"rows": 9, "batch": 8, "accumulation": 1, "epochs": 2},
+    "adapter_and_checkpointing": {"rows": 13, "batch": 4, "accumulation": 2, "epochs": 2, "adapter": True},
+    "sft": {"rows": 13, "batch": 4, "accumulation": 1, "loss": "sft"},
+    "step_estimate": {"rows": 9, "batch": 8, "accumulation": 1, "loss": CentredLoss()},
+    "evaluation": {"rows": 4, "batch": 4, "accumulation": 1, "eval_rows": 7},
+    "evaluation_of_one_row": {"rows": 4, "batch": 4, "accumulation": 1, "eval_rows": 1},
+}
+
+
+class Visits(TrainerCallback):
+    """Remembers which rows this rank was given, epoch by epoch."""
+
+    def __init__(self) -> None:
+        self.rows: list[list[int]] = []
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.rows.append([])
+
+    def watch(self, trainer: Any) -> None:
+        stock = trainer.compute_loss
+
+        def compute_loss(model: Any, inputs: Any, *more: Any, **kwargs: Any) -> Any:
+            self.rows[-1] += inputs["row"].tolist()
+            return stock(model, inputs, *more, **kwargs)
+
+        trainer.compute_loss = compute_loss
+
+
+def run(case: dict[str, Any], folder: str, world: int) -> dict[str, Any]:
+    """Train a case on this rank; its weights, the rows it saw, and what was logged."""
+    visits = Visits()
+    adapter = case.get("adapter", False)
+    torch.manual_seed(3)
+    trainer = make_trainer(
+        folder,
+        text_pairs(case["rows"]),
+        loss=case.get("loss", "dpo"),
+        eval_rows=text_pairs(case["eval_rows"], seed=5) if "eval_rows" in case else None,
+        peft_config=LoraConfig(**ADAPTER) if adapter else None,
+        callbacks=[visits],
+        per_device_train_batch_size=case["batch"] // world,
+        per_device_eval_batch_size=2,
+        gradient_accumulation_steps=case["accumulation"],
+        num_train_epochs=case.get("epochs", 1),
+        activation_checkpointing=adapter,
+        learning_rate=10.0 if adapter else 1.0,
+    )
+    visits.watch(trainer)
+    trainer.train()
+    evaluation = trainer.evaluate() if "eval_rows" in case else {}
+    logs = [line for line in trainer.state.log_history if "loss" in line]
+    return {"weights": weights(trainer.model), "visits": visits.rows, "logs": logs, "evaluation": evaluation}
+
+
+def main(folder: str) -> None:
+    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    torch.set_num_threads(1)
+    found = {name: run(case, folder, world) for name, case in CASES.items()}
+    torch.save(found, Path(folder) / f"rank{rank}.pt")
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
