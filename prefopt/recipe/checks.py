@@ -135,7 +135,7 @@ def _check_sizes(draft: Draft, problems: Problems) -> None:
 def _check_losses(draft: Draft, problems: Problems) -> None:
     weights = draft.loss_weights
     if weights is not None and draft.losses and len(weights) != len(draft.losses):
-        reason = f"there are {len(weights)} weights for {len(draft.losses)} losses. Write one for each."
+        reason = f"has {len(weights)} numbers, but there are {len(draft.losses)} losses. Write one for each."
         problems.add(draft.place("loss_weights"), "loss_weights", reason)
 
 

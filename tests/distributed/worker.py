@@ -75,10 +75,33 @@ def run(case: dict[str, Any], folder: str, world: int) -> dict[str, Any]:
     return {"weights": weights(trainer.model), "visits": visits.rows, "logs": logs, "evaluation": evaluation}
 
 
+def resume(folder: str, world: int) -> dict[str, torch.Tensor]:
+    """Weights of a whole run of three epochs, and of one that goes on from a checkpoint in the middle of the second.
+
+    13 rows, 4 a step: steps 1 to 4 are epoch one, and step 6 lies inside epoch two.
+    """
+    settings = {
+        "per_device_train_batch_size": 4 // world,
+        "num_train_epochs": 3,
+        "optim": "adamw_torch",
+        "learning_rate": 1e-2,
+        "lr_scheduler_type": "linear",
+        "save_strategy": "steps",
+        "save_steps": 6,
+    }
+    whole = make_trainer(folder, text_pairs(13), **settings)
+    whole.train()
+    again = make_trainer(folder, text_pairs(13), **settings)
+    again.train(resume_from_checkpoint=f"{folder}/checkpoint-6")
+    tokens = [trainer.state.log_history[-2]["num_tokens"] for trainer in (whole, again)]
+    return {"whole": weights(whole.model), "resumed": weights(again.model), "tokens": torch.tensor(tokens)}
+
+
 def main(folder: str) -> None:
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     torch.set_num_threads(1)
     found = {name: run(case, folder, world) for name, case in CASES.items()}
+    found["resume"] = resume(f"{folder}/resume", world)
     torch.save(found, Path(folder) / f"rank{rank}.pt")
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()

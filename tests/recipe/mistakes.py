@@ -115,7 +115,7 @@ def mistake_table() -> list[Mistake]:
         ),
         Mistake(
             "a reference nobody reads",
-            "recipe.yaml:6: reference: sft needs no reference, so this has no effect. Remove the block.",
+            "recipe.yaml:5: reference: sft needs no reference, so this has no effect. Remove the block.",
             "name: sft\nreference: {model: other}",
             "name: dpo\n  beta: 0.1",
         ),

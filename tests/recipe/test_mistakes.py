@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
 
+from prefopt.config import PreferenceConfig
 from prefopt.errors import RecipeError
 from prefopt.recipe import load_recipe
 from prefopt.recipe.read import known_names, training_types
@@ -74,10 +76,6 @@ def test_older_names_lead_to_names_there_are():
 
 
 def test_every_training_setting_is_either_read_or_explained():
-    import dataclasses
-
-    from prefopt import PreferenceConfig
-
     fields = {field.name for field in dataclasses.fields(PreferenceConfig)}
     assert fields == {*training_types(), *fields & {*RENAMED, *RETIRED}, "loss_weights", "reference"}
 
@@ -99,7 +97,7 @@ def test_loss_type(refused, loss_type):
         ("loss: {name: sdpo}", "three methods"),
         ("loss: {name: dpo, weight: 2}", "Write loss_weights"),
         ("loss: [{name: dpo}, {name: dpo}]", "twice"),
-        ("loss: [{name: dpo}, {name: sft}]\nloss_weights: [1]", "there are 1 weights for 2 losses"),
+        ("loss: [{name: dpo}, {name: sft}]\nloss_weights: [1]", "has 1 numbers, but there are 2 losses"),
         ("loss: [{name: dpo}, {name: sft}]\nloss_weights: [1, -1]", "every weight must be at least 0, not -1"),
         ("loss: [{name: dpo}, {name: sft}]\nloss_weights: [0, 0]", "at least one weight must be above 0"),
         ("loss: [{name: dpo}, {name: sft}]\nloss_weights: [a, 1]", "loss_weights.0: expected a number, got `a`"),
@@ -119,7 +117,10 @@ def test_loss_block(refused, line, part):
         ("data_files: a\ntest_split_size: 0", "must be above 0"),
         ("data_files: a\ndataset_test_split: b", "has no effect without dataset_name"),
         ("datasets: [{path: a}]\ndata_files: b", "contradicts datasets"),
-        ("datasets: [{path: a, fracton: 0.5}]", "datasets.0.fracton: there is no such setting. Did you mean `fraction`?"),
+        (
+            "datasets: [{path: a, fracton: 0.5}]",
+            "datasets.0.fracton: there is no such setting. Did you mean `fraction`?",
+        ),
         ("datasets: [{path: a, fraction: 2}]", "datasets.0.fraction: must be above 0 and at most 1, not 2."),
         ("datasets: [{name: a}]", "datasets.0: `path` is missing"),
         ("datasets: a", "expected a list"),
@@ -140,7 +141,10 @@ def test_data(refused, lines, part):
         ("model_name_or_path: a\nfrom_scratch: {model_type: llama}", "contradicts from_scratch"),
         ("model_name_or_path: a\nuse_peft: true\nload_in_4bit: true\nload_in_8bit: true", "contradicts load_in_4bit"),
         ("model_name_or_path: a\ndtype: fp16", "dtype: `fp16` is not one of auto, bfloat16, float16, float32"),
-        ("model_name_or_path: a\nuse_peft: true\nlora_dropout: 1", "lora_dropout: must be at least 0 and below 1, not 1."),
+        (
+            "model_name_or_path: a\nuse_peft: true\nlora_dropout: 1",
+            "lora_dropout: must be at least 0 and below 1, not 1.",
+        ),
     ],
 )
 def test_model(refused, lines, part):

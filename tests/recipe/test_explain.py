@@ -1,0 +1,119 @@
+"""`explain` counts what can be counted, and calls the rest an estimate."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from transformers import AutoModelForCausalLM
+
+from prefopt.explain import Sizes, count_rows, explain, measure_model, memory_parts, reference_plan
+from prefopt.models import adapter_config
+from prefopt.recipe import Recipe, load_recipe
+from tests import helpers
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """A folder with a tiny model, its tokenizer and 50 pairs."""
+    folder = tmp_path_factory.mktemp("explain")
+    tokenizer = helpers.make_tokenizer()
+    tokenizer.save_pretrained(folder / "model")
+    helpers.make_model(vocab_size=len(tokenizer)).save_pretrained(folder / "model")
+    rows = helpers.text_pairs(50)
+    (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "recipe.yaml").write_text(
+        f"model_name_or_path: {folder}/model\ndata_files: {folder}/pairs.jsonl\nloss: {{name: dpo}}\n"
+    )
+    return folder
+
+
+@pytest.fixture
+def load(folder):
+    """A function: options -> recipe."""
+
+    def run(*options: str) -> Recipe:
+        return load_recipe(folder / "recipe.yaml", options)
+
+    return run
+
+
+def line(text: str, start: str) -> str:
+    return next(line for line in text.splitlines() if line.startswith(start))
+
+
+def test_steps(load):
+    text = explain(load("--gradient_accumulation_steps=2", "--num_train_epochs=1.5"), world_size=2)
+    assert "32 = 8 a device x 2 accumulated x devices: 2" in line(text, "effective batch")
+    assert line(text, "steps").endswith("2 an epoch, 3 in 1.5 epochs")
+    assert line(explain(load("--max_steps=9")), "steps").endswith("9 (max_steps)")
+    assert "40 to train on, 10 to evaluate on" in line(explain(load("--test_split_size=0.2")), "rows")
+
+
+def test_lengths_are_counted_with_the_tokenizer(load):
+    rows = count_rows(load())
+    tokenizer = helpers.make_tokenizer()
+
+    def length(text: str) -> int:
+        return len(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    expected = [
+        2 * length(row["prompt"]) + length(row["chosen"]) + length(row["rejected"]) + 2
+        for row in helpers.text_pairs(50)
+    ]
+    assert rows.train == 50
+    assert rows.tokens == pytest.approx(sum(expected) / 50)
+
+
+def test_without_a_tokenizer_lengths_are_called_estimates(load):
+    assert "estimates" in count_rows(load("--tokenizer_name_or_path", "nobody/nothing")).note
+
+
+def test_what_cannot_be_opened_is_said(load, folder):
+    (folder / "bad.jsonl").write_text('{"prompt": 3}\n')
+    text = explain(load("--data_files", f"{folder}/bad.jsonl", "--model_name_or_path", "nobody/nothing"))
+    assert "The data is refused: " in text and "bad.jsonl:1" in text
+    assert "not estimated: the configuration of `nobody/nothing` cannot be read." in text
+    assert "not on this machine" in count_rows(load("--data_files=null", "--dataset_name=nobody/nothing")).note
+
+
+def test_reference_plan(load):
+    assert reference_plan(load("--loss.name=sft")).startswith("none")
+    assert reference_plan(load()).startswith("the starting model, frozen")
+    assert "switched off" in reference_plan(load("--use_peft"))
+    assert reference_plan(load("--reference.model=other")).startswith("other")
+
+
+def test_weights_are_counted_without_loading_any(load, folder):
+    model = AutoModelForCausalLM.from_pretrained(folder / "model")
+    count = sum(parameter.numel() for parameter in model.parameters())
+    assert measure_model(load().model) == Sizes(count, count, 4, 2, 32)
+    section = load("--use_peft", "--lora_target_modules=all-linear", "--lora_r=4", "--dtype=bfloat16").model
+    model.add_adapter(adapter_config(section))
+    trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    assert measure_model(section) == Sizes(count, trainable, 2, 2, 32)
+    assert measure_model(load("--load_in_4bit", "--use_peft").model).width == 0.5
+    scratch = load(
+        "--model_name_or_path=null",
+        "--from_scratch={model_type: gpt2, n_embd: 32, n_layer: 1, n_head: 2, vocab_size: 99}",
+    )
+    assert measure_model(scratch.model).hidden == 32
+
+
+def test_memory(load):
+    settings = {**load().resolved(), "bf16": False}
+    full = memory_parts(Sizes(1000, 1000, 4, 2, 32), settings, 10, second_model=True)
+    assert (full["weights"], full["gradients"], full["optimizer"], full["reference"]) == (4000, 4000, 8000, 4000)
+    assert full["in all"] == sum(value for name, value in full.items() if name != "in all")
+    adapter = memory_parts(Sizes(1000, 100, 2, 2, 32), settings, 10, second_model=False)
+    assert (adapter["weights"], adapter["gradients"], adapter["optimizer"], adapter["reference"]) == (2400, 400, 800, 0)
+    whole = memory_parts(
+        Sizes(1000, 1000, 4, 20, 32), {**settings, "activation_checkpointing": False}, 10, second_model=False
+    )
+    kept = memory_parts(Sizes(1000, 1000, 4, 20, 32), settings, 10, second_model=False)
+    assert whole["activations"] > 3 * kept["activations"]
+    assert (
+        memory_parts(Sizes(1000, 1000, 4, 2, 32), {**settings, "optim": "sgd"}, 10, second_model=False)["optimizer"]
+        == 0
+    )
