@@ -37,7 +37,9 @@ def check_start(trainer: PreferenceTrainer, model: nn.Module) -> None:
     if trainer.args.self_check:
         with evaluating(model), torch.no_grad():
             result = check_scores(model, batch)
-        say(f"self-check: scores agree with the model's own logits to {result.max_difference:.1e} (bound {result.bound:.1e})")
+        say(
+            f"self-check: scores agree with the model's own logits to {result.max_difference:.1e} (bound {result.bound:.1e})"
+        )
     if trainer.reference.is_start:
         _check_margins(trainer, model, batch)
 

@@ -36,7 +36,10 @@ def _parser() -> argparse.ArgumentParser:
     train.set_defaults(run=_train, takes_overrides=True)
 
     explain = commands.add_parser(
-        "explain", help="say what a recipe would do: steps, tokens, reference, memory", description=_OVERRIDES, allow_abbrev=False
+        "explain",
+        help="say what a recipe would do: steps, tokens, reference, memory",
+        description=_OVERRIDES,
+        allow_abbrev=False,
     )
     explain.add_argument("recipe")
     explain.set_defaults(run=_explain, takes_overrides=True)
@@ -60,7 +63,9 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.set_defaults(run=_evaluate)
 
     for command in (train, explain, losses):
-        command.add_argument("--plugin", action="append", default=[], metavar="FILE", help="a Python file with a loss of your own")
+        command.add_argument(
+            "--plugin", action="append", default=[], metavar="FILE", help="a Python file with a loss of your own"
+        )
     return parser
 
 

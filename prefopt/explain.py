@@ -236,10 +236,10 @@ def _step_count(settings: dict[str, Any], rows: int | None, effective: int) -> s
         return f"{settings['max_steps']} (max_steps)"
     epochs = settings["num_train_epochs"]
     if rows is None:
-        return f"{epochs:g} epochs"
+        return f"epochs: {epochs:g}"
     whole = settings.get("dataloader_drop_last", False)
     per_epoch = max(1, rows // effective if whole else math.ceil(rows / effective))
-    return f"{per_epoch} an epoch, {math.ceil(epochs * per_epoch)} in {epochs:g} epochs"
+    return f"{per_epoch} an epoch, {math.ceil(epochs * per_epoch)} in all (epochs: {epochs:g})"
 
 
 def _memory(recipe: Recipe, settings: dict[str, Any], rows: Rows) -> str:

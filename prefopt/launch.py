@@ -42,6 +42,8 @@ def prepare_environment() -> Launch:
     several = int(os.environ.get("WORLD_SIZE", "1")) > 1
     if several and (asked.use_cpu or not torch.accelerator.is_available()):
         os.environ["ACCELERATE_USE_CPU"] = "true"
+        # Only `Accelerator` reads the variable, and the state that is made first is the one that counts.
+        PartialState(cpu=True)
     return asked
 
 
@@ -73,21 +75,21 @@ def starting_line(asked: Launch) -> str:
     state = PartialState()
     if asked.num_processes is not None and asked.num_processes != state.num_processes:
         raise UserError(
-            f"launch: {asked.num_processes} processes were asked for and {state.num_processes} run(s). On a CPU, `--cpu` "
-            "and MULTI_CPU start only one: use `--config_file configs/accelerate/cpu2.yaml`, or `torchrun "
+            f"launch: {asked.num_processes} processes were asked for and {state.num_processes} run(s). On a CPU, "
+            "`--cpu` and MULTI_CPU start only one: use `--config_file configs/accelerate/cpu2.yaml`, or `torchrun "
             "--nproc_per_node 2 scripts/train.py ...`."
         )
     if asked.distributed_type in _SHARDED and state.device.type == "cpu":
         raise UserError(
-            f"launch: {asked.distributed_type} was asked for, but on a CPU accelerate runs plain DDP and shards nothing: "
-            "use `--config_file configs/accelerate/cpu2.yaml`."
+            f"launch: {asked.distributed_type} was asked for, but on a CPU accelerate runs plain DDP and shards "
+            "nothing: use `--config_file configs/accelerate/cpu2.yaml`."
         )
     kind = asked.distributed_type if asked.distributed_type in _SHARDED else state.distributed_type.value
     device = torch.cuda.get_device_name() if state.device.type == "cuda" else state.device.type
     return f"launch: {state.num_processes} process(es), {kind}, {device}"
 
 
-def refuse_unsupported(accelerator: Accelerator) -> None:
+def refuse_parallelism(accelerator: Accelerator) -> None:
     """Raise `UserError` for parallelism that splits a sequence or a layer over ranks: rows are dealt to all ranks."""
     parallel = getattr(accelerator, "parallelism_config", None)
     for name in ("tp_size", "cp_size", "sp_size"):

@@ -23,7 +23,9 @@ from prefopt.scoring.model import enable_scoring, refuse_unsupported
 DTYPES = {"auto": "auto", "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-def load_tokenizer(source: str | nn.Module, *, revision: str | None = None, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+def load_tokenizer(
+    source: str | nn.Module, *, revision: str | None = None, trust_remote_code: bool = False
+) -> PreTrainedTokenizerBase:
     """The tokenizer at a local folder or a Hub name, or of a loaded model. Raises `UserError` when there is none."""
     name = source if isinstance(source, str) else source.config._name_or_path
     if not name:
@@ -31,7 +33,9 @@ def load_tokenizer(source: str | nn.Module, *, revision: str | None = None, trus
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
-        raise UserError(f"model_name_or_path: no tokenizer could be loaded from `{name}`. {_first_line(error)}") from error
+        raise UserError(
+            f"model_name_or_path: no tokenizer could be loaded from `{name}`. {_first_line(error)}"
+        ) from error
     return complete_tokenizer(tokenizer)
 
 
@@ -65,7 +69,9 @@ def load_model(name: str, *, dtype: str = "float32", **options: Any) -> PreTrain
     try:
         # transformers opens an adapter folder too, but without PEFT's wrapper, which the reference pass needs.
         model = _load_adapter(name, dtype, options)
-        return model if model is not None else AutoModelForCausalLM.from_pretrained(name, dtype=DTYPES[dtype], **options)
+        return (
+            model if model is not None else AutoModelForCausalLM.from_pretrained(name, dtype=DTYPES[dtype], **options)
+        )
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"model_name_or_path: `{name}` could not be loaded. {_first_line(error)}") from error
 
@@ -112,7 +118,9 @@ def prepare_policy(
     Raises `UserError` when the model cannot be scored or nothing in it would be trained.
     """
     if peft_config is not None and isinstance(model, PeftModel):
-        raise UserError("`peft_config` was given for a model that already has an adapter: merge it first, or leave it out")
+        raise UserError(
+            "`peft_config` was given for a model that already has an adapter: merge it first, or leave it out"
+        )
     refuse_unsupported(model)
     enable_scoring(model)
     if disable_dropout:

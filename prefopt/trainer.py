@@ -21,11 +21,12 @@ from transformers.trainer_utils import EvalLoopOutput
 from prefopt.checks import check_rows, check_start, not_finite
 from prefopt.config import PreferenceConfig
 from prefopt.console import say
-from prefopt.data.collation import Batch, Collator
+from prefopt.data.collation import Batch
 from prefopt.data.dataset import TokenDataset
 from prefopt.data.prepare import WEIGHT, Preparation
 from prefopt.data.sampler import WindowSampler
 from prefopt.errors import NonFiniteError
+from prefopt.launch import refuse_parallelism
 from prefopt.losses import Loss, Objective, sides_of
 from prefopt.metrics import MetricSums
 from prefopt.models import complete_tokenizer, load_tokenizer, open_model, prepare_policy
@@ -93,26 +94,18 @@ class PreferenceTrainer(Trainer):
         super().__init__(
             model=policy,
             args=args,
-            data_collator=data_collator or self._collator(tokenizer, train_dataset or eval_dataset),
+            data_collator=data_collator
+            or self.preparation.collator(train_dataset or eval_dataset, self.objective.all_completions),
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=tokenizer,
             callbacks=callbacks,
             optimizers=optimizers,
         )
+        refuse_parallelism(self.accelerator)
         self.reference.prepare(self.accelerator)
 
     # ---- rows of a step -------------------------------------------------------------------------------------------
-
-    def _collator(self, tokenizer: PreTrainedTokenizerBase, dataset: Any) -> Collator:
-        sample = next(iter(dataset.values())) if isinstance(dataset, dict) else dataset
-        return Collator(
-            pad_token_id=tokenizer.pad_token_id,
-            paired=sample.paired,
-            all_completions=self.objective.all_completions,
-            columns=sample.columns,
-            pad_to_multiple_of=self.preparation.args.pad_to_multiple_of or 1,
-        )
 
     def _get_dataloader(
         self,
@@ -223,6 +216,7 @@ class PreferenceTrainer(Trainer):
     def _stop_if_not_finite(self, norm: Any) -> None:
         """Raise before the optimizer moves when the step's loss or gradient is not finite; one look a step."""
         losses = torch.stack([loss for _, loss in self._window])
+        norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # FSDP2 shards it
         bad = (~torch.isfinite(losses)).any()
         # A loss scaler meets infinite gradients now and then and skips those steps itself.
         if norm is not None and self.accelerator.scaler is None:

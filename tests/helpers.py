@@ -48,7 +48,9 @@ def make_tokenizer(
     return tokenizer
 
 
-def make_model(seed: int = 0, vocab_size: int = 320, dtype: torch.dtype = torch.float32, **config: Any) -> LlamaForCausalLM:
+def make_model(
+    seed: int = 0, vocab_size: int = 320, dtype: torch.dtype = torch.float32, **config: Any
+) -> LlamaForCausalLM:
     """A random Llama, 2 layers of width 32."""
     torch.manual_seed(seed)
     settings = dict(
@@ -68,5 +70,7 @@ def text_pairs(n: int, seed: int = 0, **extra: Any) -> list[dict[str, Any]]:
     rows = []
     for _ in range(n):
         prompt, chosen, rejected = words(2, 6), " " + words(2, 10), " " + words(2, 10)
-        rows.append({"prompt": prompt, "chosen": chosen, "rejected": rejected + (" ." if rejected == chosen else ""), **extra})
+        rows.append(
+            {"prompt": prompt, "chosen": chosen, "rejected": rejected + (" ." if rejected == chosen else ""), **extra}
+        )
     return rows

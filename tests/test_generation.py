@@ -148,7 +148,8 @@ def test_prompts_that_cannot_be_continued_are_named(model, tokenizer, prompts, m
 
 
 @pytest.mark.parametrize(
-    "options", [{"samples_per_prompt": 0}, {"max_new_tokens": 0}, {"temperature": -1.0}, {"top_p": 0.0}, {"batch_size": 0}]
+    "options",
+    [{"samples_per_prompt": 0}, {"max_new_tokens": 0}, {"temperature": -1.0}, {"top_p": 0.0}, {"batch_size": 0}],
 )
 def test_arguments_out_of_range_are_refused_by_name(model, tokenizer, options):
     with pytest.raises(UserError, match=next(iter(options))):

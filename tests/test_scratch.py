@@ -23,7 +23,7 @@ def chat_tokenizer():
     return train_tokenizer(TEXTS, 320, chat=True)
 
 
-@pytest.mark.parametrize("text", ["the cat sat", " a mat,\n\ttwo  birds ", "Zürich – 東京 🙂", "<|user|>", ""])
+@pytest.mark.parametrize("text", ["the cat sat", " a mat,\n\ttwo  birds ", "Zürich, 東京 🙂", "<|user|>", ""])
 def test_text_round_trip(text):
     tokenizer = train_tokenizer(TEXTS, 320)
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -86,7 +86,7 @@ def test_every_role_of_the_data_room_is_rendered(chat_tokenizer):
     ids=["unknown role", "tool calls"],
 )
 def test_what_the_template_cannot_show_is_refused(chat_tokenizer, message):
-    with pytest.raises(Exception, match="unknown role: wizard|no place for tool calls"):
+    with pytest.raises(Exception, match=r"unknown role: wizard|no place for tool calls"):
         chat_tokenizer.apply_chat_template([message], tokenize=False)
 
 

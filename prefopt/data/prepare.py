@@ -1,4 +1,4 @@
-"""From what a user passes as data to the `TokenDataset` a trainer reads, with a printed account of what was left out."""
+"""From what a user passes as data to the `TokenDataset` a trainer reads, with an account of what was left out."""
 
 from __future__ import annotations
 
@@ -6,17 +6,20 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
+from prefopt.data.collation import Collator
 from prefopt.data.dataset import TokenDataset
 from prefopt.data.formats import Example
 from prefopt.data.problems import DataReport
 from prefopt.data.sources import load_examples, load_train_test
 from prefopt.data.spec import DataSpec
 from prefopt.data.tokenization import TokenSettings, tokenize_examples
+from prefopt.errors import DataError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from prefopt.config import PreferenceConfig
+
 
 class Needs(Protocol):
     """What an objective declares about its rows."""
@@ -73,6 +76,19 @@ class Preparation:
         if isinstance(rows, Mapping):
             return {name: self.one(part, name) for name, part in rows.items()}
         return self.one(rows, title)
+
+    def collator(self, data: TokenDataset | Mapping[str, TokenDataset] | None, all_completions: bool) -> Collator:
+        """The collator for rows such as those of `data`; `all_completions` False leaves rejected answers out."""
+        sample = next(iter(data.values())) if isinstance(data, Mapping) else data
+        if sample is None:
+            raise DataError("there are no rows: give train_dataset, or eval_dataset to evaluate alone")
+        return Collator(
+            pad_token_id=self.tokenizer.pad_token_id,
+            paired=sample.paired,
+            all_completions=all_completions,
+            columns=sample.columns,
+            pad_to_multiple_of=self.args.pad_to_multiple_of or 1,
+        )
 
     def _rules(self) -> dict[str, Any]:
         return {

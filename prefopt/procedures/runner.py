@@ -83,7 +83,11 @@ def _read_status(folder: Path, name: str, inputs: str) -> str:
         mark = json.loads((folder / MARK).read_text())[name]
     except (OSError, ValueError, KeyError):
         return "new"
-    return mark["status"] if mark["inputs"] == inputs else "other"
+    if mark["inputs"] == inputs:
+        return mark["status"]
+    # A run that stopped before its first checkpoint, as one with a bad row does, leaves nothing to protect.
+    empty = mark["status"] == "started" and not any(folder.glob("checkpoint-*"))
+    return "new" if empty else "other"
 
 
 def _mark(folder: Path, name: str, inputs: str, status: str) -> None:

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 @procedure("single")
 def single(recipe: Recipe) -> Sequence[Stage]:
-    """`procedure: {start: {...}}` first trains on the chosen answers with loss `sft`; its keys override the recipe's."""
+    """`procedure: {start: {...}}` trains on the chosen answers with loss `sft` first; its keys override the recipe's."""
     refuse_unknown(recipe, "start")
     if "start" not in recipe.procedure:
         return [TrainStage("train", recipe)]

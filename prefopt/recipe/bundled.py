@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 
@@ -31,7 +32,7 @@ def find_recipe(name_or_path: str | Path) -> Path:
     """
     path = Path(name_or_path).expanduser()
     name = str(name_or_path)
-    if "\0" not in name and path.is_file():
+    if os.path.isfile(path):  # unlike Path.is_file, this takes any text
         return path
     if path.suffix in SUFFIXES:
         stem = f" `{path.stem}` comes with prefopt: write its bare name." if path.stem in bundled_recipes() else ""

@@ -111,8 +111,8 @@ def misplaced_knob(name: str, value: str | None, place: Place, entries: Mapping[
 
 
 def knob_names() -> list[str]:
-    """Every knob of every loss as it is written on a command line: `loss.beta`."""
-    return sorted({f"loss.{knob.name}" for loss in names() for knob in knobs_of(get(loss))})
+    """Every knob of every loss."""
+    return sorted({knob.name for loss in names() for knob in knobs_of(get(loss))})
 
 
 def _chosen(entries: Mapping[str, Node]) -> dict[str, str]:

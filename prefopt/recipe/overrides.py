@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from prefopt.recipe.problems import Place, Problems
-from prefopt.recipe.tree import NULLS, Block, Items, Node, Text, parse_value, redact
+from prefopt.recipe.tree import NULLS, Block, Items, Node, Text, parse_value
 
 
 @dataclass(frozen=True)
@@ -24,8 +24,7 @@ def split_options(arguments: Sequence[str], problems: Problems) -> list[Override
     while waiting:
         argument = waiting.pop(0)
         if not argument.startswith("--") or argument == "--":
-            stray = redact(argument)
-            problems.add(Place(stray), stray, "is not an option. Write --name=value.")
+            problems.add(Place(argument), argument, "is not an option. Write --name=value.")
             continue
         name, equals, value = argument[2:].partition("=")
         if not equals:
@@ -39,7 +38,7 @@ def split_options(arguments: Sequence[str], problems: Problems) -> list[Override
 def apply(tree: Block, options: Sequence[Override], problems: Problems) -> Block:
     """The tree with every option written over it, in order."""
     for option in options:
-        place = Place(f"--{redact(option.name)}")
+        place = Place(f"--{option.name}")
         value = parse_value(option.value, place, option.name, problems)
         if value is not None:
             tree = _Pen(option.name, value, problems).over_block(tree, option.name.split("."))

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 from prefopt.errors import RecipeError
 
 MAX_SHOWN = 50
+TOKEN = re.compile(r"\b(hf_[A-Za-z0-9]{16,}|sk-[A-Za-z0-9_-]{20,}|gh[pousr]_[A-Za-z0-9]{30,})")
+
+
+def redact(text: str) -> str:
+    """`text` without anything that looks like an access token."""
+    return TOKEN.sub("<token>", text)
 
 
 @dataclass(frozen=True)
@@ -36,8 +43,9 @@ class Problems:
 
     def add(self, place: Place, name: str, reason: str) -> None:
         """Note that the setting `name`, written at `place`, is refused; `reason` says why and what to do."""
-        named = f"{place}: {reason}" if place.source in (name, f"--{name}") else f"{place}: {name}: {reason}"
-        self._found.append((place.on_command_line, place.line or 0, named))
+        once = place.source in (name, f"--{name}")
+        text = f"{place}: {reason}" if once else f"{place}: {name}: {reason}"
+        self._found.append((place.on_command_line, place.line or 0, redact(text)))
 
     def refuse(self) -> None:
         """Raise `RecipeError` with one line for each problem, in the order of the file; nothing when there is none."""

@@ -146,7 +146,7 @@ def _unknown(name: str, node: Node, entries: Mapping[str, Node]) -> str:
         block, _, inner = name.partition(".")
         return f"dotted names are for the command line. Write a block: {block}: {{{inner}: {value or '...'}}}."
     plain = name.replace("-", "_")
-    hint = nearest(plain, known_names()) or nearest(f"loss.{plain}", knob_names())
+    hint = nearest(plain, known_names()) or nearest(plain, knob_names()).replace("`", "`loss.", 1)
     return f"there is no such setting.{hint}"
 
 

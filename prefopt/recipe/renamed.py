@@ -21,6 +21,7 @@ RENAMED = {
     "evaluation_strategy": "eval_strategy",
     "gradient_checkpointing": "activation_checkpointing",
     "gradient_checkpointing_kwargs": "activation_checkpointing_kwargs",
+    "lr": "learning_rate",
     "max_completion_length": "max_length",
     "max_prompt_length": "max_length",
     "max_seq_length": "max_length",

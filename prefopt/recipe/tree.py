@@ -10,7 +10,7 @@ from typing import TypeAlias
 import yaml
 
 from prefopt.errors import RecipeError
-from prefopt.recipe.problems import Place, Problems
+from prefopt.recipe.problems import TOKEN, Place, Problems, redact
 
 MAX_BYTES = 1_000_000
 MAX_NODES = 20_000
@@ -18,7 +18,6 @@ NULLS = ("", "~", "null", "Null", "NULL")
 TAG = "tag:yaml.org,2002:"
 KINDS = ("str", "int", "float", "bool", "null", "timestamp", "seq", "map", "value")
 PLAIN_TAGS = tuple(TAG + kind for kind in KINDS)
-TOKEN = re.compile(r"\b(hf_[A-Za-z0-9]{16,}|sk-[A-Za-z0-9_-]{20,}|gh[pousr]_[A-Za-z0-9]{30,})")
 CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
 
 
@@ -84,11 +83,6 @@ def walk(node: Node) -> Iterator[Node]:
         yield from walk(child)
 
 
-def redact(text: str) -> str:
-    """`text` without anything that looks like an access token, fit for a message."""
-    return TOKEN.sub("<token>", text)
-
-
 def _compose(text: str, at: At) -> yaml.Node | None:
     if len(text) > MAX_BYTES:
         raise RecipeError(f"{at(1)}: longer than {MAX_BYTES} characters; this is not a recipe.")
@@ -110,9 +104,9 @@ def _allowed(text: str, place: Place, name: str, problems: Problems) -> bool:
     control = CONTROL.search(text)
     if TOKEN.search(text):
         remedy = "Remove it, and set HF_TOKEN or run `hf auth login`."
-        problems.add(place, redact(name), f"this looks like an access token. {remedy}")
+        problems.add(place, name, f"this looks like an access token. {remedy}")
     elif control:
-        problems.add(place, redact(name), f"holds the control character {control[0]!r}. Remove it.")
+        problems.add(place, name, f"holds the control character {control[0]!r}. Remove it.")
     return not control and not TOKEN.search(text)
 
 

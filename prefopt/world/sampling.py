@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from prefopt.data.messages import check_not_empty, check_text
+from prefopt.data.problems import Flaw
 from prefopt.generation import Generation, encode_prompts, evaluating, generate
 from prefopt.world.grammar import is_grammatical
 
@@ -22,12 +24,13 @@ Reward = Callable[[str, str], float]
 class SampledPairs:
     """Rows `prompt chosen rejected score_chosen score_rejected`, and what gave none.
 
-    `ties` counts the prompts whose finished answers all earn the same, `unfinished` the answers that never ended.
+    `ties` counts the prompts whose usable answers all earn the same, `unusable` the answers that never ended or that
+    no data set may hold.
     """
 
     rows: list[dict[str, Any]]
     ties: int
-    unfinished: int
+    unusable: int
 
 
 @dataclass(frozen=True)
@@ -63,8 +66,8 @@ def sample_pairs(
 ) -> SampledPairs:
     """Sample answers and pair those of one prompt, at most `pairs_per_prompt` each, widest gap in reward first.
 
-    So one pair a prompt is the best answer against the worst. Answers that never ended take no part: training would
-    give them an end marker the model did not write.
+    So one pair a prompt is the best answer against the worst. Answers that never ended take no part, since training
+    would give them an end marker the model did not write; neither do those a data set may not hold, such as blank ones.
     """
     answers = generate(
         model,
@@ -77,11 +80,11 @@ def sample_pairs(
     )
     rows, ties = [], 0
     for index, group in groupby(answers, key=lambda answer: answer.prompt_index):
-        scored = {answer.text: reward(prompts[index], answer.text) for answer in group if answer.finished}
+        scored = {answer.text: reward(prompts[index], answer.text) for answer in group if _usable(answer)}
         pairs = _widest_pairs(scored, pairs_per_prompt)
         ties += not pairs
         rows += [{"prompt": prompts[index], **pair} for pair in pairs]
-    return SampledPairs(rows, ties, unfinished=sum(not answer.finished for answer in answers))
+    return SampledPairs(rows, ties, unusable=sum(not _usable(answer) for answer in answers))
 
 
 def measure(
@@ -135,6 +138,15 @@ def answer_kl(
         for start in range(0, len(rows), batch_size):
             totals += _batch_kl(model, reference, rows[start : start + batch_size]).tolist()
     return totals
+
+
+def _usable(answer: Generation) -> bool:
+    try:
+        check_not_empty("answer", answer.text)
+        check_text("answer", answer.text)
+    except Flaw:
+        return False
+    return answer.finished
 
 
 def _widest_pairs(scored: dict[str, float], most: int) -> list[dict[str, Any]]:

@@ -76,7 +76,7 @@ def make_pairs(model_dir: Path, folder: Path, settings: WorldSettings) -> dict[s
     """Sample pairs from the model in `model_dir` and write `pairs.jsonl` and `eval_pairs.jsonl` to `folder`.
 
     Returns how many pairs there are, how many prompts gave none because all answers earn the same, and how many
-    answers never ended.
+    answers could not be used: they never ended, or were blank.
     """
     model, tokenizer = load_model(str(model_dir)), load_tokenizer(str(model_dir))
 
@@ -100,7 +100,7 @@ def make_pairs(model_dir: Path, folder: Path, settings: WorldSettings) -> dict[s
         "pairs": len(train.rows),
         "eval_pairs": len(held_out.rows),
         "ties": train.ties + held_out.ties,
-        "unfinished": train.unfinished + held_out.unfinished,
+        "unusable": train.unusable + held_out.unusable,
     }
 
 
@@ -131,15 +131,15 @@ def comparison_text(result: dict[str, Any], *, samples: int = 3, width: int = 96
     """The result of `compare` for a terminal: a table, then some answers to the same prompts before and after."""
     before, after = result["before"], result["after"]
     figures = [
-        ("true reward", "reward", "+.2f"),
-        ("  standard error", "reward_se", ".2f"),
-        ("KL to the base model, nats", "kl", ".2f"),
-        ("length, tokens", "length", ".1f"),
-        ("ended by itself", "finished", ".0%"),
-        ("grammatical", "valid", ".0%"),
+        ("true reward", "reward", "+10.2f"),
+        ("  standard error", "reward_se", "10.2f"),
+        ("KL to the base model, nats", "kl", "10.2f"),
+        ("length, tokens", "length", "10.1f"),
+        ("ended by itself", "finished", "10.0%"),
+        ("grammatical", "valid", "10.0%"),
     ]
     lines = [f"{'':28}{'before':>10}{'after':>10}"]
-    lines += [f"{label:28}{before[name]:>10{form}}{after[name]:>10{form}}" for label, name, form in figures]
+    lines += [f"{label:28}{before[name]:{form}}{after[name]:{form}}" for label, name, form in figures]
     lines += [f"{'gain in true reward':28}{result['reward_gain']:>+20.2f} +- {result['reward_gain_se']:.2f}"]
     for old, new in list(zip(before["samples"], after["samples"], strict=True))[:samples]:
         lines += ["", old["prompt"], *_answer_lines("before", old, width), *_answer_lines("after", new, width)]

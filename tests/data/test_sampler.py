@@ -12,7 +12,9 @@ _RNG = random.Random(1)
 LENGTHS = [_RNG.randint(3, 90) for _ in range(53)]
 
 
-def windows(batch_size: int, accumulation: int, world: int, *, count: int = 53, epoch: int = 0, **settings) -> list[set]:
+def windows(
+    batch_size: int, accumulation: int, world: int, *, count: int = 53, epoch: int = 0, **settings
+) -> list[set]:
     """The rows of each optimizer step, put together from what the ranks draw."""
     ranks = []
     for rank in range(world):
@@ -35,7 +37,9 @@ def windows(batch_size: int, accumulation: int, world: int, *, count: int = 53, 
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
-@pytest.mark.parametrize(("batch_size", "accumulation", "world"), [(1, 12, 1), (3, 4, 1), (4, 3, 1), (2, 3, 2), (1, 3, 4)])
+@pytest.mark.parametrize(
+    ("batch_size", "accumulation", "world"), [(1, 12, 1), (3, 4, 1), (4, 3, 1), (2, 3, 2), (1, 3, 4)]
+)
 def test_steps_do_not_depend_on_the_split(strategy, batch_size, accumulation, world):
     assert windows(batch_size, accumulation, world, strategy=strategy) == windows(12, 1, 1, strategy=strategy)
 
@@ -68,7 +72,9 @@ def test_drop_last_drops_the_short_step_only():
 def test_grouping_saves_padding_and_starts_with_the_longest():
     def padding(strategy: str) -> int:
         batches = WindowSampler(LENGTHS, batch_size=4, strategy=strategy)
-        return sum(max(LENGTHS[row] for row in batch) * len(batch) - sum(LENGTHS[row] for row in batch) for batch in batches)
+        return sum(
+            max(LENGTHS[row] for row in batch) * len(batch) - sum(LENGTHS[row] for row in batch) for batch in batches
+        )
 
     assert padding("group_by_length") < padding("random") / 2
     first = next(iter(WindowSampler(LENGTHS, batch_size=4, strategy="group_by_length")))

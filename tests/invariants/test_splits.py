@@ -29,7 +29,9 @@ def test_ten_rows_give_one_step(tmp_path, loss):
 
 def test_a_short_last_step_counts_its_own_rows(tmp_path):
     """Thirteen rows, eight a step: the last step has five, in any split."""
-    ends = [trained(tmp_path, text_pairs(13), num_train_epochs=2, **split(*way)) for way in [(8, 1), (2, 4), (3, 8 // 3)]]
+    ends = [
+        trained(tmp_path, text_pairs(13), num_train_epochs=2, **split(*way)) for way in [(8, 1), (2, 4), (3, 8 // 3)]
+    ]
     torch.testing.assert_close(ends[1], ends[0], atol=1e-6, rtol=0)
     assert (ends[2] - ends[0]).abs().max() > 1e-4  # six a step is another run
 
@@ -39,7 +41,12 @@ def test_adapters_and_checkpointing_change_nothing(tmp_path):
     ends = []
     for way, checkpointing in [((10, 1), False), ((4, 3), True), ((1, 10), True)]:
         torch.manual_seed(3)
-        settings = {**split(*way), "activation_checkpointing": checkpointing, "learning_rate": 10.0, "num_train_epochs": 2}
+        settings = {
+            **split(*way),
+            "activation_checkpointing": checkpointing,
+            "learning_rate": 10.0,
+            "num_train_epochs": 2,
+        }
         ends.append(trained(tmp_path, text_pairs(10), peft_config=LoraConfig(**adapter), **settings))
     assert ends[0].abs().max() > 0
     for end in ends[1:]:

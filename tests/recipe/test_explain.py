@@ -46,7 +46,7 @@ def line(text: str, start: str) -> str:
 def test_steps(load):
     text = explain(load("--gradient_accumulation_steps=2", "--num_train_epochs=1.5"), world_size=2)
     assert "32 = 8 a device x 2 accumulated x devices: 2" in line(text, "effective batch")
-    assert line(text, "steps").endswith("2 an epoch, 3 in 1.5 epochs")
+    assert line(text, "steps").endswith("2 an epoch, 3 in all (epochs: 1.5)")
     assert line(explain(load("--max_steps=9")), "steps").endswith("9 (max_steps)")
     assert "40 to train on, 10 to evaluate on" in line(explain(load("--test_split_size=0.2")), "rows")
 

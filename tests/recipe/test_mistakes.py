@@ -165,6 +165,8 @@ def test_model(refused, lines, part):
         ("loss.beta: 0.2", "Write a block: loss: {beta: 0.2}."),
         ("learning-rate: 1", "Did you mean `learning_rate`?"),
         ("betta: 1", "Did you mean `loss.beta`?"),
+        ("qqq: 1", "qqq: there is no such setting."),
+        ("lr: 1", "write learning_rate: 1."),
         ("optim: adamw_torh", "Did you mean `adamw_torch`?"),
     ],
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from prefopt.errors import RecipeError
 from prefopt.procedures import make_plan
 from prefopt.recipe import Recipe, bundled_recipes, find_recipe, load_recipe, recipe_text
 from prefopt.recipe.bundled import PACKAGE
+from tests import helpers
 from tests.recipe.mistakes import BASE
 
 RECIPES = {
@@ -126,9 +128,7 @@ def test_replace(load):
 def test_data_spec(load, tmp_path):
     files = [tmp_path / "a.jsonl", tmp_path / "b.jsonl"]
     for seed, file in enumerate(files):
-        file.write_text(
-            "".join(yaml.safe_dump(row, default_flow_style=True, width=10**6) for row in []) or _lines(seed)
-        )
+        file.write_text("".join(json.dumps(row) + "\n" for row in helpers.text_pairs(10, seed)))
 
     def counts(line: str) -> tuple[int, int | None]:
         train, test = load_train_test(load(BASE.replace("data_files: [pairs.jsonl]", line)).data_spec())

@@ -13,7 +13,16 @@ from transformers import PreTrainedModel
 from prefopt.errors import UserError
 from prefopt.scoring.model import causal_lm, enable_scoring, refuse_unsupported
 from tests import helpers
-from tests.scoring.families import VOCABULARY, all_gradients, assert_gradients_close, batch, llama, own_logp, scored
+from tests.scoring.families import (
+    VOCABULARY,
+    all_gradients,
+    assert_gradients_close,
+    batch,
+    build,
+    llama,
+    own_logp,
+    scored,
+)
 
 
 def lora(model: PreTrainedModel, **changes: Any) -> nn.Module:
@@ -37,6 +46,14 @@ def test_lora_scores_and_disabled_equals_base() -> None:
         assert torch.equal(scored(adapted, rows), base)
     refuse_unsupported(adapted)
     assert causal_lm(adapted) is model
+
+
+def test_backbone_that_takes_few_arguments() -> None:
+    """PEFT names `labels` and others in every call, as None; MPT's backbone does not know them."""
+    model, rows = build("mpt"), batch()
+    enable_scoring(model)
+    adapted = lora(model, target_modules=["Wqkv"])
+    torch.testing.assert_close(scored(adapted, rows), own_logp(adapted, rows), rtol=1e-5, atol=1e-5)
 
 
 def test_lora_gradients_are_its_own() -> None:

@@ -175,11 +175,17 @@ def test_frozen_head_costs_one_product_less() -> None:
     assert products(True) == 4 and products(False) == 3
 
 
-def test_logged_entropy_leaves_the_gradient_alone() -> None:
+def test_logged_entropy_costs_nothing_in_the_backward_pass() -> None:
     given = problem()
-    alone = torch.autograd.grad(score_tokens(**given)["logp"].sum(), given["hidden"])[0]
-    logged = score_tokens(**given, statistics=("logp", "entropy"))["logp"]
-    assert torch.equal(torch.autograd.grad(logged.sum(), given["hidden"])[0], alone)
+
+    def backward(statistics: tuple[str, ...]) -> tuple[Tensor, list[str]]:
+        loss = score_tokens(**given, statistics=statistics)["logp"].sum()
+        with Allocations() as seen:
+            gradient = torch.autograd.grad(loss, given["hidden"])[0]
+        return gradient, [call for call in seen.calls if call != "aten.detach.default"]
+
+    alone, logged = backward(("logp",)), backward(("logp", "entropy"))
+    assert torch.equal(logged[0], alone[0]) and logged[1] == alone[1]
 
 
 def test_reference_has_its_own_head_and_no_gradient() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from datetime import timedelta
 from pathlib import Path
+
 import pytest
 import torch
 import torch.distributed as dist

@@ -77,9 +77,9 @@ def test_ties_and_equal_answers_give_no_pair_and_are_counted(monkeypatch):
     assert [(row["chosen"], row["rejected"]) for row in found.rows] == [("bb", "a")]
 
 
-def test_unfinished_answers_take_no_part_and_are_counted(monkeypatch):
-    found = pairs_of(monkeypatch, [["a", "aa", "aaa"]], unfinished=["aaa"])
-    assert found.unfinished == 1
+def test_unusable_answers_take_no_part_and_are_counted(monkeypatch):
+    found = pairs_of(monkeypatch, [["a", "aa", "aaa", "", "    ", "aaaaa\x00"]], unfinished=["aaa"])
+    assert found.unusable == 4
     assert found.rows[0]["chosen"] == "aa"
 
 
