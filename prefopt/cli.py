@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 
@@ -20,7 +21,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         options.run(options, rest)
     except UserError as error:
-        _print_once(f"error: {error}")
+        if _is_first_rank():
+            print(f"error: {error}", file=sys.stderr, flush=True)
         return 2
     finally:
         _leave_together()
@@ -109,13 +111,14 @@ def _losses(options: argparse.Namespace, rest: list[str]) -> None:
 
 
 def _evaluate(options: argparse.Namespace, rest: list[str]) -> None:
-    from prefopt.launch import prepare_environment
+    from prefopt.launch import prepare_environment, starting_line
 
-    prepare_environment()
+    asked = prepare_environment()
     from prefopt.console import say
     from prefopt.evaluation import evaluate_files, evaluation_text
     from prefopt.report.results import write_whole
 
+    say(starting_line(asked))
     result = evaluate_files(
         options.model,
         options.data,
@@ -125,7 +128,7 @@ def _evaluate(options: argparse.Namespace, rest: list[str]) -> None:
         max_dropped=options.max_dropped,
     )
     say(evaluation_text(result))
-    if options.json:
+    if options.json and _is_first_rank():
         import json
         from pathlib import Path
 
@@ -139,16 +142,13 @@ def _load_plugins(options: argparse.Namespace) -> None:
         load_plugin(file)
 
 
-def _print_once(text: str) -> None:
-    """Print an error from one process: ranks that fail together would say the same several times over."""
-    import os
-
-    if int(os.environ.get("RANK", "0")) == 0:
-        print(text, file=sys.stderr, flush=True)
+def _is_first_rank() -> bool:
+    """Whether this process speaks and writes for all: ranks that fail together would say the same several times."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def _leave_together() -> None:
-    """Close the process group; without it a rank may abort after its work is done, and the launcher call it a failure."""
+    """Close the process group: without it a rank may abort after its work, and the launcher calls that a failure."""
     distributed = sys.modules.get("torch.distributed")
     if distributed is not None and distributed.is_available() and distributed.is_initialized():
         distributed.destroy_process_group()

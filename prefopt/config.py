@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, fields
 from numbers import Integral, Real
 from typing import Any
 
+import torch
 from transformers import TrainingArguments
 from transformers.trainer_pt_utils import AcceleratorConfig
 from transformers.utils.import_utils import is_torch_bf16_gpu_available
@@ -69,7 +70,6 @@ RANGES: dict[str, Range] = {
     "data_seed": SEED,
     "dataloader_num_workers": Range(0, whole=True),
     "dataloader_prefetch_factor": COUNT,
-    "dataset_num_proc": COUNT,
     "ddp_bucket_cap_mb": COUNT,
     "ddp_timeout": COUNT,
     "eval_accumulation_steps": COUNT,
@@ -101,8 +101,9 @@ RANGES: dict[str, Range] = {
 
 CHOICES: dict[str, tuple[str, ...]] = {
     "cut_answers": ("keep", "drop", "same_length"),
+    "identical_pairs": ("drop", "refuse"),
     "on_bad_row": ("error", "skip"),
-    "row_layout": ("auto", "plain", "shared"),
+    "prompt_boundary": ("generation_prompt", "common_prefix"),
     "train_sampling_strategy": ("random", "sequential", "group_by_length"),
     "truncation_mode": ("keep_start", "keep_end", "drop"),
 }
@@ -121,7 +122,7 @@ FIXED: dict[str, tuple[object, str]] = {
 DEFAULTS_SHOWN = (
     "learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "optim", "max_grad_norm", "num_train_epochs",
     "max_steps", "per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps",
-    "train_sampling_strategy", "row_layout", "max_length", "truncation_mode", "cut_answers", "min_prompt_tokens",
+    "train_sampling_strategy", "max_length", "truncation_mode", "cut_answers", "min_prompt_tokens",
     "max_dropped", "on_bad_row", "disable_dropout", "activation_checkpointing", "bf16", "fp16", "seed", "self_check",
     "logging_steps", "eval_strategy", "save_strategy", "save_steps", "report_to",
 )  # fmt: skip
@@ -133,6 +134,11 @@ def shown_defaults() -> dict[str, Any]:
     defaults = {field.name: field.default for field in fields(PreferenceConfig)}
     shown = {name: getattr(defaults[name], "value", defaults[name]) for name in DEFAULTS_SHOWN}
     return {**shown, "activation_checkpointing": ACTIVATION_CHECKPOINTING}
+
+
+def has_accelerator() -> bool:
+    """Whether this machine has a device that is not the CPU."""
+    return torch.accelerator.is_available()
 
 
 def field_problem(name: str, value: Any) -> str | None:
@@ -243,9 +249,31 @@ class PreferenceConfig(TrainingArguments):
             "choices": list(CHOICES["cut_answers"]),
         },
     )
-    min_prompt_tokens: int = field(default=1, metadata={"help": "Fewest prompt tokens that keep_end leaves."})
+    min_prompt_tokens: int = field(default=16, metadata={"help": "Fewest prompt tokens that keep_end leaves."})
     max_dropped: float = field(
         default=0.01, metadata={"help": "Largest share of rows the length limit may drop before the run is refused."}
+    )
+    prompt_boundary: str = field(
+        default="generation_prompt",
+        metadata={
+            "help": "Where a chat template renders the prompt differently once an answer follows: generation_prompt "
+            "keeps what the model sees when it generates, common_prefix what both renderings share.",
+            "choices": list(CHOICES["prompt_boundary"]),
+        },
+    )
+    identical_pairs: str = field(
+        default="drop",
+        metadata={
+            "help": "Pairs whose answers are the same tokens: drop and count them, or refuse them.",
+            "choices": list(CHOICES["identical_pairs"]),
+        },
+    )
+    chat_template_kwargs: dict[str, Any] | None = field(
+        default=None, metadata={"help": "Arguments for the chat template; a row's own go before them."}
+    )
+    model_init_kwargs: dict[str, Any] | None = field(
+        default=None,
+        metadata={"help": "Arguments for from_pretrained when the trainer is given a model's name."},
     )
     on_bad_row: str = field(
         default="error",
@@ -254,17 +282,8 @@ class PreferenceConfig(TrainingArguments):
     max_bad_rows: int | None = field(
         default=None, metadata={"help": "With on_bad_row skip: stop after more than this many; null for no limit."}
     )
-    dataset_num_proc: int | None = field(default=None, metadata={"help": "Processes that tokenise."})
     pad_to_multiple_of: int | None = field(
         default=None, metadata={"help": "Pad rows to a multiple of this many tokens."}
-    )
-    row_layout: str = field(
-        default="auto",
-        metadata={
-            "help": "plain: one row per answer. shared: the answers of a prompt share it in one row. auto: shared "
-            "where the model passes the check at the start.",
-            "choices": list(CHOICES["row_layout"]),
-        },
     )
     disable_dropout: bool = field(default=True, metadata={"help": "Switch off the dropout of the model."})
     loss_weights: list[float] | None = field(
@@ -273,17 +292,19 @@ class PreferenceConfig(TrainingArguments):
     reference: dict[str, Any] | None = field(
         default=None,
         metadata={
-            "help": "The reference model: source (auto: scored once and kept; live: beside the policy; none), model, "
+            "help": "The reference model: source (auto: as the loss needs; live: beside the policy; none), model, "
             "revision. The starting model when not set."
         },
     )
     self_check: bool = field(
         default=True,
-        metadata={"help": "Before step 1 compare scores with the model's own logits, and the row layouts."},
+        metadata={"help": "Before step 1 compare scores with the model's own logits."},
     )
 
     def __post_init__(self) -> None:
         self._check_fields()
+        # Launched on several processes without an accelerator, each rank would otherwise believe it is alone.
+        self.use_cpu = self.use_cpu or not has_accelerator()
         if self.bf16 is None:
             self.bf16 = not self.fp16 and not self.use_cpu and is_torch_bf16_gpu_available()
         if self.activation_checkpointing is None and self.gradient_checkpointing is None:

@@ -10,6 +10,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
@@ -97,7 +98,7 @@ def refuse_parallelism(accelerator: Accelerator) -> None:
             raise UserError(f"launch: `{name}` above 1 is not supported. Use data parallelism: DDP, FSDP or ZeRO.")
 
 
-def _config_file(path: str | None, cpu: bool) -> dict[str, object]:
+def _config_file(path: str | None, cpu: bool) -> dict[str, Any]:
     """The launcher's settings: the file named, else the user's default one, which `--cpu` ignores."""
     file = Path(path or default_config_file)
     if not file.is_file() or (path is None and cpu):

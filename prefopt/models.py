@@ -54,7 +54,9 @@ def open_model(model: str | nn.Module, args: PreferenceConfig, quantization_conf
         if quantization_config is not None:
             raise UserError("`quantization_config` has no effect on a model that is already loaded: give its name")
         return model
-    return load_model(model, quantization_config=quantization_config, **(args.model_init_kwargs or {}))
+    # TRL's name for what `from_pretrained` takes besides.
+    options = args.model_init_kwargs or {}
+    return load_model(model, quantization_config=quantization_config, **options)
 
 
 def load_model(name: str, *, dtype: str = "float32", **options: Any) -> PreTrainedModel:

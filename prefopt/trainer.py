@@ -67,7 +67,7 @@ class PreferenceTrainer(Trainer):
         quantization_config: Any = None,
     ) -> None:
         args = args or PreferenceConfig(output_dir="runs/prefopt")
-        self.objective = Objective.of(loss, args.loss_weights)
+        self.objective: Objective = Objective.of(loss, args.loss_weights)
         tokenizer = complete_tokenizer(processing_class or load_tokenizer(model))
         self.preparation = Preparation.for_objective(tokenizer, args, self.objective, say=say)
         train_dataset = check_rows(self.objective, self.preparation.any(train_dataset, "train"))

@@ -108,6 +108,9 @@ class Preparation:
             cut_answers=args.cut_answers,
             min_prompt_tokens=args.min_prompt_tokens,
             max_dropped=args.max_dropped,
+            prompt_boundary=args.prompt_boundary,
+            identical_pairs=args.identical_pairs,
+            chat_template_kwargs=args.chat_template_kwargs or {},
         )
         optional = (*self.optional_columns, WEIGHT)
         tokens = tokenize_examples(examples, self.tokenizer, settings, self.columns, optional)

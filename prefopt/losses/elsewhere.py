@@ -17,13 +17,13 @@ _SENTENCES = {
     ),
     "tdpo": "`{}` is two losses: <tdpo1> and <tdpo2> (both arXiv 2404.11999; its authors recommend the second).",
     "r_dpo": "`{}` is length-regularised DPO (arXiv 2403.19159), not part of prefopt; robust DPO is <rdpo>.",
-    "spin": "`{}` is a procedure (arXiv 2401.01335): write it under `procedure:`, with the loss <dpo>.",
-    "stepwise": "`{}` is a procedure (sDPO, arXiv 2403.19270): write it under `procedure:`, with any pair loss.",
-    "online": "`{}` is a procedure: write it under `procedure:`, with any pair loss.",
+    "spin": "`{}` (arXiv 2401.01335) is a procedure, not a loss: rounds of self-play around <dpo>.",
+    "stepwise": "`{}` (sDPO, arXiv 2403.19270) is a procedure, not a loss: it runs any pair loss in steps.",
+    "online": "`{}` is a procedure, not a loss: rounds of sampling, judging and training with any pair loss.",
 }
 
 # Only names that differ: `hinge`, `ipo`, `apo_zero`, `discopop` and others are called the same.
-_IN_TRL = {
+IN_TRL = {
     "sigmoid": "dpo",
     "sigmoid_norm": "dpo_norm",
     "robust": "rdpo",
@@ -39,8 +39,8 @@ _IN_TRL = {
 def explain(name: str, registered: Collection[str]) -> str:
     """What `name` means and what to write instead; empty when nothing is known of it."""
     key = name.lower().replace("-", "_")
-    if key in _IN_TRL:
-        target = _IN_TRL[key]
+    if key in IN_TRL:
+        target = IN_TRL[key]
         return f"TRL's `{name}` is `{target}` here{'.' if target in registered else ', but not in this version.'}"
     sentence = _SENTENCES.get(key, "").format(name)
     return re.sub(r"<(\w+)>", lambda found: _here(found[1], registered), sentence)
@@ -48,7 +48,7 @@ def explain(name: str, registered: Collection[str]) -> str:
 
 def is_taken(name: str) -> bool:
     """Whether `name` means something else already, so that no loss may register it."""
-    return name in _SENTENCES or name in _IN_TRL
+    return name in _SENTENCES or name in IN_TRL
 
 
 def _here(name: str, registered: Collection[str]) -> str:

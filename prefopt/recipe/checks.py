@@ -62,7 +62,9 @@ def _check_missing(draft: Draft, problems: Problems) -> None:
     if not (draft.model.get("model_name_or_path") or draft.model.get("from_scratch")):
         place = draft.place("model_name_or_path")
         problems.add(place, "model_name_or_path", "is missing. Write the model to start from.")
-    if not any(draft.data.get(name) for name in ("dataset_name", "data_files", "datasets")):
+    # Only the plain procedure needs data named here; others may make their own.
+    plain = draft.procedure.get("name", "single") == "single"
+    if plain and not any(draft.data.get(name) for name in ("dataset_name", "data_files", "datasets")):
         place = draft.place("dataset_name")
         problems.add(place, "dataset_name", "is missing. Write dataset_name, or data_files: [pairs.jsonl].")
     if not draft.losses:

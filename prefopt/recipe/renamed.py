@@ -4,18 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
-LOSS_TYPES = {
-    "sigmoid": "dpo",
-    "sigmoid_norm": "dpo_norm",
-    "robust": "rdpo",
-    "exo_pair": "exo",
-    "nca_pair": "nca",
-    "bco_pair": "bco",
-    "sppo_hard": "sppo",
-    "kto_pair": "kto",
-    "aot_pair": "aot",
-}
-"""TRL's `loss_type` values whose loss has another name here."""
+from prefopt.losses.elsewhere import IN_TRL
 
 RENAMED = {
     "evaluation_strategy": "eval_strategy",
@@ -29,7 +18,6 @@ RENAMED = {
     "no_cuda": "use_cpu",
     "per_gpu_eval_batch_size": "per_device_eval_batch_size",
     "per_gpu_train_batch_size": "per_device_train_batch_size",
-    "preprocessing_num_workers": "dataset_num_proc",
     "ref_model_name_or_path": "reference.model",
     "tokenizer": "tokenizer_name_or_path",
     "tokenizer_name": "tokenizer_name_or_path",
@@ -50,10 +38,11 @@ NOTES = {
 RETIRED = {
     "activation_offloading": "is not supported. Remove this line.",
     "dataset_mixer": "write datasets: a list of {path, split, fraction}.",
+    "dataset_num_proc": "rows are tokenised in one process in this version. Remove this line.",
     "dataset_mixture": "write datasets: a list of {path, split, fraction}.",
     "dataset_splits": "write dataset_train_split and dataset_test_split.",
     "force_use_ref_model": "write reference: {source: live}.",
-    "generate_during_eval": "answers are written by `prefopt evaluate`. Remove this line.",
+    "generate_during_eval": "is not supported. Remove this line.",
     "group_by_length": "write train_sampling_strategy: group_by_length, or random.",
     "hub_token": "a token does not belong in a recipe. Set HF_TOKEN or run `hf auth login`.",
     "label_pad_token_id": "padding is never scored. Remove this line.",
@@ -61,14 +50,15 @@ RETIRED = {
     "model_adapter_name": "the reference of an adapter is the model without it. Remove this line.",
     "model_init_kwargs": "write dtype, attn_implementation and model_revision as lines of their own.",
     "overwrite_output_dir": "a run never overwrites another. Remove this line, or name a new output_dir.",
-    "padding_free": "is not supported; row_layout and train_sampling_strategy save padding. Remove this line.",
+    "padding_free": "is not supported; train_sampling_strategy: group_by_length saves padding. Remove this line.",
     "padding_value": "padding is never scored. Remove this line.",
     "parallelism_config": "write it into the config file of `accelerate launch`. Remove this line.",
     "precompute_ref_batch_size": "is not supported. Remove this line.",
-    "precompute_ref_log_probs": "write reference: {source: auto} to score once, {source: live} to score every step.",
+    "precompute_ref_log_probs": "is not supported in this version: the reference runs beside the policy. Remove this line.",
+    "preprocessing_num_workers": "rows are tokenised in one process in this version. Remove this line.",
     "ref_adapter_name": "write reference: {model: ...} with the path of the adapter.",
     "ref_model_init_kwargs": "write reference: {model: ..., revision: ...}.",
-    "reference_free": "write a loss that needs no reference, such as loss: {name: simpo}.",
+    "reference_free": "is not supported. Choose a loss that needs no reference (`prefopt losses`).",
     "rpo_alpha": "write a list of two losses, dpo and sft, and loss_weights.",
     "sync_ref_model": "is not supported. Remove this line.",
     "use_logits_to_keep": "only scored positions meet the vocabulary in any case. Remove this line.",
@@ -87,7 +77,7 @@ def remedy(name: str, value: str | None) -> str | None:
 
 def loss_type_remedy(written: str, known: Collection[str]) -> str:
     """What to write for TRL's `loss_type`; `known` are the losses there are."""
-    name = LOSS_TYPES.get(written, written)
+    name = IN_TRL.get(written, written)
     if name in known:
         return f"write loss: {{name: {name}}}."
     return f"write loss: {{name: ...}} with one of {', '.join(known)}."

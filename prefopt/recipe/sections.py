@@ -157,7 +157,7 @@ class ReferenceSection:
     source: str = field(
         default="auto",
         metadata=about(
-            "auto: scored once and kept. live: scored every step. none: there is none.", choices=REFERENCE_SOURCES
+            "auto: as the loss needs. live: scored beside the policy. none: there is none.", choices=REFERENCE_SOURCES
         ),
     )
     model: str | None = field(default=None, metadata=about("A Hub name or a local folder."))

@@ -132,7 +132,7 @@ def test_defaults_are_those_of_trl(tmp_path):
 def test_bf16_where_the_device_has_it(tmp_path, monkeypatch, gpu, settings, expected):
     for module in ("prefopt.config", "transformers.training_args"):
         monkeypatch.setattr(f"{module}.is_torch_bf16_gpu_available", lambda: gpu)
-    settings = {**settings, "use_cpu": False}
+    monkeypatch.setattr("prefopt.config.has_accelerator", lambda: gpu)
     assert PreferenceConfig(output_dir=str(tmp_path), **settings).bf16 is expected
     assert PreferenceConfig(output_dir=str(tmp_path), **settings, bf16=False).bf16 is False
 

@@ -11,7 +11,8 @@ from prefopt.config import PreferenceConfig
 from prefopt.errors import RecipeError
 from prefopt.recipe import load_recipe
 from prefopt.recipe.read import known_names, training_types
-from prefopt.recipe.renamed import LOSS_TYPES, NOTES, RENAMED, RETIRED
+from prefopt.losses.elsewhere import IN_TRL
+from prefopt.recipe.renamed import NOTES, RENAMED, RETIRED
 from tests.recipe.mistakes import BASE, Mistake, mistake_table
 
 
@@ -83,7 +84,7 @@ def test_every_training_setting_is_either_read_or_explained():
 @pytest.mark.parametrize("loss_type", ["sigmoid", ["sigmoid"]])
 def test_loss_type(refused, loss_type):
     assert refused(f"{BASE}loss_type: {loss_type}\n").endswith("write loss: {name: dpo}.")
-    assert LOSS_TYPES["robust"] == "rdpo"
+    assert IN_TRL["robust"] == "rdpo"
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,9 @@ from tests.scoring.families import (
 
 def lora(model: PreTrainedModel, **changes: Any) -> nn.Module:
     torch.manual_seed(3)
-    adapted = get_peft_model(model, LoraConfig(**{"target_modules": ["q_proj", "v_proj"], "r": 4, **changes}))
+    adapted = get_peft_model(
+        model, LoraConfig(**{"task_type": "CAUSAL_LM", "target_modules": ["q_proj", "v_proj"], "r": 4, **changes})
+    )
     with torch.no_grad():
         for name, parameter in adapted.named_parameters():
             if "lora_B" in name:
