@@ -50,6 +50,11 @@ class PreferenceTrainer(Trainer):
     # The loss is already divided by the count of the whole step.
     loss_is_scaled_for_ga = True
 
+    # Narrower than in the base class.
+    args: PreferenceConfig
+    model: PreTrainedModel
+    train_dataset: TokenDataset
+
     def __init__(
         self,
         model: str | PreTrainedModel,
@@ -107,7 +112,7 @@ class PreferenceTrainer(Trainer):
 
     # ---- rows of a step -------------------------------------------------------------------------------------------
 
-    def _get_dataloader(
+    def _get_dataloader(  # type: ignore[override]
         self,
         dataset: TokenDataset,
         description: str,
@@ -129,7 +134,7 @@ class PreferenceTrainer(Trainer):
         )
         # A plain loader, not prepared: accelerate would shard it again and repeat rows to even the batches.
         return DataLoader(
-            dataset,
+            dataset,  # type: ignore[arg-type]
             batch_sampler=sampler,
             collate_fn=self.data_collator,
             num_workers=args.dataloader_num_workers,
@@ -144,7 +149,7 @@ class PreferenceTrainer(Trainer):
             eval_dataset = check_rows(self.objective, self.preparation.one(eval_dataset, "eval"))
         return super().get_eval_dataloader(eval_dataset)
 
-    def _run_epoch(self, **kwargs: Any) -> None:
+    def _run_epoch(self, **kwargs: Any) -> None:  # type: ignore[override]
         # A resumed epoch wraps the batch sampler once more, out of the loop's own reach.
         kwargs["train_dataloader"].batch_sampler.set_epoch(kwargs["epoch"])
         if self.state.global_step == 0:
@@ -176,7 +181,7 @@ class PreferenceTrainer(Trainer):
         return TokenScores(batch["size"], batch["sequence"], **policy, **reference)
 
     def compute_loss(
-        self, model: nn.Module, inputs: Batch, return_outputs: bool = False, num_items_in_batch: Tensor | None = None
+        self, model: nn.Module, inputs: Batch, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """This micro-batch's share of the step's loss: sums of its units over the counts of the whole step."""
         scores, sums, metrics = self._loss_sums(model, inputs)
@@ -202,7 +207,8 @@ class PreferenceTrainer(Trainer):
         model = self.model_wrapped
         # The loop restores the random state after this, so nothing here may draw from it.
         with torch.no_grad(), evaluating(model), torch.random.fork_rng():
-            for batch in map(self._prepare_inputs, batches):
+            for raw in batches:
+                batch: Batch = self._prepare_inputs(raw)
                 parts = self.objective.estimates(self.score(model, batch), sides_of(batch), batch["columns"])
                 for name, (total, count) in parts.items():
                     sums.add_sum(name, total, count)
@@ -281,5 +287,6 @@ class PreferenceTrainer(Trainer):
         if not math.isfinite(figures["loss"]):
             raise NonFiniteError(f"evaluation after step {self.state.global_step}: the loss is {figures['loss']}")
         figures.update(self._predictions.metrics())
+        assert output.metrics is not None  # the stock loop always fills it
         output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in figures.items()})
         return output

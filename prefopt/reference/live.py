@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from prefopt.data.collation import MODEL_KEYS
 from prefopt.errors import UserError
 from prefopt.models import silence_dropout
-from prefopt.scoring.model import enable_scoring
+from prefopt.scoring.model import causal_lm, enable_scoring, refuse_unsupported
 
-_REFERENCE_ADAPTER = "reference"
+# Saved as a folder beside the adapter in training; a name that starts with `_` is not pushed to the Hub.
+_REFERENCE_ADAPTER = "_reference"
 
 
 class Reference(Protocol):
@@ -54,6 +55,7 @@ class FrozenModel:
     """A second model that never changes: a copy of the starting policy, or one from another path."""
 
     def __init__(self, model: nn.Module, *, is_start: bool, summary: str) -> None:
+        refuse_unsupported(model)
         enable_scoring(model)
         silence_dropout(model)
         self.model = model.requires_grad_(False).eval()
@@ -119,15 +121,16 @@ def plan_reference(
     """Choose the source for a loss that needs `none` or `logp`, before training moves the policy.
 
     `fresh_adapter`: the adapter was just made, so switching it off gives the starting policy. `explicit`: a model that
-    was asked for by name, whose margins need not be 0.
+    was asked for by name, whose margins need not be 0. Raises `UserError` for one that cannot be the reference.
     """
     if need == "none":
         if explicit is not None:
             raise UserError("a reference model was given, but this loss reads none: leave it out")
         return NoReference()
     if explicit is not None:
+        _check_explicit(explicit, policy)
         return FrozenModel(explicit, is_start=False, summary=f"live: {explicit_name}")
-    if isinstance(policy, PeftModel):
+    if isinstance(policy, PeftModel) and not _trains_its_base(policy):
         return AdapterOff(None if fresh_adapter else _copy_adapter(policy))
     return FrozenModel(copy.deepcopy(policy), is_start=True, summary="live: a frozen copy of the starting policy")
 
@@ -149,15 +152,36 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
+def _check_explicit(reference: nn.Module, policy: nn.Module) -> None:
+    theirs, ours = causal_lm(reference), causal_lm(policy)
+    if theirs is ours:
+        raise UserError("the reference is the policy itself, which training moves: leave `ref_model` out to get a copy")
+    if theirs.config.vocab_size != ours.config.vocab_size:
+        raise UserError(
+            f"the reference model has a vocabulary of {theirs.config.vocab_size} tokens and the policy one of "
+            f"{ours.config.vocab_size}: their probabilities cannot be compared. Use a reference of the same family, and "
+            "resize its embeddings as the policy's."
+        )
+
+
+def _trains_its_base(model: PeftModel) -> bool:
+    """Whether training moves weights outside the adapter (LoRA's `bias`), which switching it off would not restore."""
+    active = model.active_adapter
+    return any(p.requires_grad and active not in name.split(".") for name, p in model.named_parameters())
+
+
 def _copy_adapter(model: PeftModel) -> str:
     """Freeze a copy of the active adapter beside it, and return the copy's name."""
     active = model.active_adapter
+    if _REFERENCE_ADAPTER in model.peft_config:  # from an earlier trainer of this model
+        model.delete_adapter(_REFERENCE_ADAPTER)
     model.add_adapter(_REFERENCE_ADAPTER, model.peft_config[active])
     parameters = dict(model.named_parameters())
     for name, parameter in parameters.items():
-        if f".{active}." in name:
-            twin = parameters[name.replace(f".{active}.", f".{_REFERENCE_ADAPTER}.")]
-            twin.data.copy_(parameter.data)
+        parts = name.split(".")
+        if active in parts:
+            twin = parameters[".".join(_REFERENCE_ADAPTER if part == active else part for part in parts)]
+            twin.data = parameter.detach().clone()
             twin.requires_grad_(False)
     return _REFERENCE_ADAPTER
 

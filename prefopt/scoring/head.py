@@ -124,8 +124,8 @@ def _slices(length: int, step: int) -> Iterator[slice]:
 class _Head:
     """The logits of one model at `M` tokens, made tile by tile; a comparison of two models holds two of these.
 
-    `dtype` is that of sums and results. Operands of matrix products have it too, except bf16 on CUDA, where the product
-    of bf16 operands has a float32 result and upcasting them would only be slower.
+    `dtype` is that of sums and results. Operands of matrix products have it too, except bf16 on CUDA: there a product
+    of bf16 operands can have a float32 result, and only the logits' gradient is rounded to bf16, as in any bf16 head.
     """
 
     def __init__(

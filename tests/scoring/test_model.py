@@ -196,6 +196,13 @@ def test_data_parallel_is_refused() -> None:
         refuse_unsupported(nn.DataParallel(llama()))
 
 
+def test_quantized_head_is_refused() -> None:
+    model = llama()
+    model.lm_head.weight = nn.Parameter(torch.zeros(VOCABULARY, 32, dtype=torch.uint8), requires_grad=False)
+    with pytest.raises(UserError, match="quantized"):
+        refuse_unsupported(model)
+
+
 def test_models_without_a_plain_head_are_refused() -> None:
     t5 = transformers.T5Config(d_model=16, d_kv=4, d_ff=16, num_layers=1, num_heads=4, vocab_size=50)
     vision = transformers.Gemma3Config(

@@ -1,0 +1,228 @@
+"""A wrong number stops the run: before the first step where it can be seen there, else before the optimizer moves."""
+
+from __future__ import annotations
+
+import math
+import re
+
+import pytest
+import torch
+from transformers import CohereConfig, CohereForCausalLM, TrainerCallback
+
+from prefopt.checks import check_start
+from prefopt.config import PreferenceConfig
+from prefopt.data.dataset import TokenDataset
+from prefopt.errors import DataError, NonFiniteError, UserError
+from prefopt.trainer import PreferenceTrainer
+from tests import helpers
+
+SCALE = 0.0625
+STEPS = 6
+
+
+@pytest.fixture
+def build(tmp_path, tokenizer):
+    """A trainer that logs and saves at every step."""
+
+    def make(model, rows=None, callbacks=None, **settings):
+        args = PreferenceConfig(
+            output_dir=str(tmp_path / "out"), per_device_train_batch_size=2, max_steps=STEPS, learning_rate=0.01,
+            logging_steps=1, save_steps=1, train_sampling_strategy="sequential", report_to="none", use_cpu=True,
+            bf16=False, disable_tqdm=True, **settings,
+        )  # fmt: skip
+        return PreferenceTrainer(
+            model, args=args, train_dataset=rows or helpers.text_pairs(12), processing_class=tokenizer, callbacks=callbacks
+        )
+
+    return make
+
+
+def weights(model):
+    return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+def unmoved(model, before):
+    return all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+
+# ---- before the first step --------------------------------------------------------------------------------------------
+
+
+def test_a_sound_start_is_said_in_three_lines(build, model, capsys):
+    trainer = build(model)
+    check_start(trainer, trainer.model)
+    reference, scores, margins = capsys.readouterr().out.splitlines()[-3:]
+    assert reference == "reference: live: a frozen copy of the starting policy"
+    assert scores.startswith("self-check: scores agree with the model's own logits to ")
+    assert margins.startswith("start-up margins: largest |log-ratio| 0.0e+00 nats")
+
+
+def nudge(parameter):
+    parameter.data *= 1.01
+
+
+def poison(parameter):
+    parameter.data[0, 0] = math.nan
+
+
+@pytest.mark.parametrize("tamper", [nudge, poison])
+def test_a_reference_that_is_not_the_start_is_refused(tamper, build, model):
+    trainer = build(model)
+    before = weights(model)
+    tamper(trainer.reference.model.get_output_embeddings().weight)
+    with pytest.raises(UserError, match=r"the reference is not the starting policy.*ref_model"):
+        trainer.train()
+    assert trainer.state.global_step == 0 and unmoved(model, before)
+
+
+def test_dropout_in_the_reference_is_found(build, model):
+    """A reference that draws random numbers is not the starting policy, whoever switched them on."""
+    trainer = build(model)
+    trainer.reference.model.model.norm.register_forward_hook(
+        lambda module, inputs, output: torch.nn.functional.dropout(output, 0.3, training=True)
+    )
+    with pytest.raises(UserError, match="not the starting policy"):
+        trainer.train()
+
+
+def cohere(tokenizer):
+    """A family that multiplies its logits."""
+    torch.manual_seed(0)
+    config = CohereConfig(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, logit_scale=SCALE, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    model = CohereForCausalLM(config)
+    for parameter in model.parameters():
+        parameter.data *= 3
+    return model
+
+
+def test_scores_that_forget_a_scale_are_refused(build, tokenizer, monkeypatch):
+    """Policy and reference would agree with each other: only the model's own logits tell."""
+    trainer = build(cohere(tokenizer))
+    before = weights(trainer.model)
+    monkeypatch.setattr("prefopt.scoring.model.head_transform", lambda config: (1.0, None))
+    with pytest.raises(UserError, match=rf"CohereForCausalLM differ.*logit_scale={SCALE}"):
+        trainer.train()
+    assert unmoved(trainer.model, before)
+
+
+def test_the_self_check_can_be_switched_off(build, tokenizer, monkeypatch, capsys):
+    trainer = build(cohere(tokenizer), self_check=False)
+    monkeypatch.setattr("prefopt.scoring.model.head_transform", lambda config: (1.0, None))
+    check_start(trainer, trainer.model)
+    assert "self-check" not in capsys.readouterr().out
+
+
+def test_a_family_with_a_scale_passes(build, tokenizer):
+    trainer = build(cohere(tokenizer))
+    trainer.train()
+    assert trainer.state.global_step == STEPS
+
+
+def test_the_check_leaves_modes_and_random_state_alone(build, model):
+    trainer = build(model)
+    trainer.model.train()
+    trainer.model.model.layers[0].eval()
+    modes = [module.training for module in trainer.model.modules()]
+    state = torch.get_rng_state()
+    check_start(trainer, trainer.model)
+    assert [module.training for module in trainer.model.modules()] == modes
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_a_resumed_run_is_not_compared_with_the_reference(build, model, tokenizer, tmp_path, capsys):
+    """By then the policy has moved, and should differ."""
+    build(model).train()
+    capsys.readouterr()
+    trainer = build(helpers.make_model(vocab_size=len(tokenizer)))
+    trainer.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-3"))
+    assert trainer.state.global_step == STEPS
+    assert "start-up margins" not in capsys.readouterr().out
+
+
+# ---- in the middle of a run -------------------------------------------------------------------------------------------
+
+
+class BeforeStep(TrainerCallback):
+    """Does something to the model before one step, then remembers the weights."""
+
+    def __init__(self, step, tamper):
+        self.step, self.tamper, self.weights = step, tamper, None
+
+    def on_step_begin(self, args, state, control, model=None, **kwargs):
+        if state.global_step + 1 == self.step:
+            self.tamper(model)
+            self.weights = weights(model)
+
+
+def nan_in_a_weight(model):
+    model.model.layers[0].mlp.up_proj.weight.data[0, 0] = math.nan
+
+
+def infinite_gradient(model):
+    model.lm_head.weight.register_hook(lambda gradient: gradient * math.inf)
+
+
+def same_bits(model, before):
+    """Equal weights, NaN being equal to NaN."""
+    pairs = ((value, before[name]) for name, value in model.state_dict().items())
+    return all(torch.equal(value.nan_to_num(7.0), old.nan_to_num(7.0)) for value, old in pairs)
+
+
+@pytest.mark.parametrize(("tamper", "what"), [(nan_in_a_weight, "loss"), (infinite_gradient, "gradient")])
+@pytest.mark.parametrize("settings", [{}, {"max_grad_norm": 0.0}, {"gradient_accumulation_steps": 2}])
+def test_a_step_that_is_not_finite_moves_nothing(tamper, what, settings, build, model, tmp_path):
+    callback = BeforeStep(3, tamper)
+    trainer = build(model, callbacks=[callback], **settings)
+    with pytest.raises(NonFiniteError, match=rf"step 3: the {what} .*not finite") as caught:
+        trainer.train()
+    named = [int(row) for row in re.search(r"\[(.*)\]", str(caught.value)).group(1).split(",")]
+    rows_of_step = 2 * trainer.args.gradient_accumulation_steps
+    assert named == [row % 12 for row in range(2 * rows_of_step, 3 * rows_of_step)]
+    assert same_bits(model, callback.weights)
+    assert trainer.state.global_step == 2
+    assert sorted(path.name for path in (tmp_path / "out").glob("checkpoint-*")) == ["checkpoint-1", "checkpoint-2"]
+    assert all(math.isfinite(line["loss"]) for line in trainer.state.log_history if "loss" in line)
+
+
+def token_rows(build, model, **columns):
+    """Prepared rows, as a user may hand them over, with columns of their own."""
+    rows = [dict(row) for row in build(model).train_dataset.rows]
+    for index, row in enumerate(rows):
+        row["columns"] = {name: values[index] for name, values in columns.items()}
+    return TokenDataset(rows)
+
+
+def test_a_bad_number_in_a_row_stops_at_its_step(build, model, tokenizer):
+    """Every other row is sound, so the steps before are taken."""
+    rows = token_rows(build, model, weight=[1.0] * 7 + [math.nan] + [1.0] * 4)
+    trainer = build(helpers.make_model(vocab_size=len(tokenizer)), rows)
+    steps = []
+    trainer.add_callback(BeforeStep(4, lambda policy: steps.append(weights(policy))))
+    with pytest.raises(NonFiniteError, match=r"step 4: the loss is not finite.*\[6, 7\]"):
+        trainer.train()
+    assert trainer.state.global_step == 3
+    assert unmoved(trainer.model, steps[0])
+
+
+def test_a_bad_number_in_raw_rows_is_refused_before_training(build, model):
+    rows = helpers.text_pairs(12, weight=1.0)
+    rows[7]["weight"] = math.nan
+    with pytest.raises(DataError, match=r"row 7.*weight"):
+        build(model, rows)
+
+
+def test_a_column_the_loss_minds_is_refused_before_training(build, model):
+    rows = token_rows(build, model, preference=[0.9] * 11 + [1.7])
+    with pytest.raises(DataError, match=r"row 11: `preference` is 1\.7"):
+        build(model, rows)
+
+
+def test_an_evaluation_that_is_not_finite_raises(build, model):
+    trainer = build(model)
+    nan_in_a_weight(model)
+    with pytest.raises(NonFiniteError, match="evaluation after step 0: the loss is nan"):
+        trainer.evaluate(helpers.text_pairs(3))
