@@ -59,10 +59,10 @@ def asked_for() -> Launch:
 
 def parse_launch(command: Sequence[str]) -> Launch:
     """Read a launcher's command line, and the configuration file it names or falls back to."""
-    words = list(command)
-    if not any("accelerate" in Path(word).name for word in words[:3]) or "launch" not in words:
+    given = _launch_arguments(list(command))
+    if given is None:
         return Launch()
-    arguments, _ = launch_command_parser().parse_known_args(words[words.index("launch") + 1 :])
+    arguments, _ = launch_command_parser().parse_known_args(given)
     settings = _config_file(arguments.config_file, arguments.cpu)
     kind = settings.get("distributed_type")
     if arguments.use_fsdp or arguments.use_deepspeed:
@@ -96,6 +96,19 @@ def refuse_parallelism(accelerator: Accelerator) -> None:
     for name in ("tp_size", "cp_size", "sp_size"):
         if parallel is not None and getattr(parallel, name, 1) > 1:
             raise UserError(f"launch: `{name}` above 1 is not supported. Use data parallelism: DDP, FSDP or ZeRO.")
+
+
+def _launch_arguments(command: list[str]) -> list[str] | None:
+    """What follows `accelerate launch`, in each of its spellings; None for another command."""
+    # The program itself, or what an interpreter with its options runs.
+    script = next((place for place, word in enumerate(command) if place and not word.startswith("-")), 0)
+    for place, word in ((0, command[0]), (script, command[script])) if command else ():
+        name = Path(word).name.removesuffix(".exe")
+        if name in ("accelerate-launch", "accelerate.commands.launch"):
+            return command[place + 1 :]
+        if name in ("accelerate", "accelerate.commands.accelerate_cli") and command[place + 1 : place + 2] == ["launch"]:
+            return command[place + 2 :]
+    return None
 
 
 def _config_file(path: str | None, cpu: bool) -> dict[str, Any]:

@@ -86,7 +86,7 @@ def _load_adapter(name: str, dtype: str, options: dict[str, Any]) -> PeftModel |
     base = AutoModelForCausalLM.from_pretrained(
         config.base_model_name_or_path, dtype=DTYPES[dtype], **{**options, "revision": config.revision}
     )
-    return PeftModel.from_pretrained(base, name, is_trainable=True)
+    return PeftModel.from_pretrained(base, name, is_trainable=True, revision=options.get("revision"))
 
 
 def adapter_config(section: ModelSection) -> LoraConfig | None:
@@ -139,20 +139,25 @@ def prepare_policy(
 def silence_dropout(model: nn.Module) -> int:
     """Set every dropout probability of `model` to 0 and return how many were not; adapters keep what their user set.
 
-    Attention dropout is a number on the module, not an `nn.Dropout`, so both are looked for.
+    Attention dropout is a number on the module, not an `nn.Dropout`, and Falcon or GPT-J read theirs from the
+    configuration at each forward, so all three are looked for.
     """
-    silenced = 0
+    silenced = _zero_dropout_numbers(model.config)
     for name, module in model.named_modules():
         if "lora_dropout" in name:
             continue
         if isinstance(module, nn.Dropout):
             silenced += module.p > 0
             module.p = 0.0
-        for attribute, value in list(vars(module).items()):
-            if "drop" in attribute and isinstance(value, float) and value > 0:
-                setattr(module, attribute, 0.0)
-                silenced += 1
+        silenced += _zero_dropout_numbers(module)
     return silenced
+
+
+def _zero_dropout_numbers(owner: Any) -> int:
+    names = [name for name, value in vars(owner).items() if "drop" in name and isinstance(value, float) and value > 0]
+    for name in names:
+        setattr(owner, name, 0.0)
+    return len(names)
 
 
 def _first_line(error: Exception) -> str:

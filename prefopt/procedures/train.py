@@ -113,7 +113,7 @@ def build_trainer(
         model,
         explicit,
         args,
-        objective,
+        objective.losses,  # their weights are in the arguments
         train_dataset=data,
         eval_dataset=test,
         processing_class=tokenizer,

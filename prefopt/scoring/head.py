@@ -23,6 +23,7 @@ from torch.autograd.function import once_differentiable
 
 from prefopt.errors import UserError, nearest
 from prefopt.scoring.scores import STATISTICS
+from prefopt.scoring.zero import gathered
 
 # A tile of logits should stay in a core's cache on a CPU and keep all multiprocessors of a GPU busy.
 CPU_TILE_BYTES = 4 * 2**20
@@ -245,7 +246,7 @@ class _HeadScores(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_logp: Tensor | None, grad_entropy: Tensor | None) -> tuple[Tensor | None, ...]:
         hidden, weight, bias, targets, lse, entropy = ctx.saved_tensors
-        with _full_precision(hidden):
+        with _full_precision(hidden), gathered(weight, bias):
             head = _Head(hidden, weight, bias, ctx.scale, ctx.softcap)
             upstream = _Upstream(targets, lse, entropy, (grad_logp, grad_entropy))
             gradients = _gradients(head, upstream, ctx.needs_input_grad[:3])

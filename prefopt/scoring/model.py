@@ -21,6 +21,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from prefopt.errors import UserError
 from prefopt.scoring.head import score_tokens
+from prefopt.scoring.zero import gathered
 
 # The power to which a configuration field enters the factor on the logits.
 _SCALE_POWER = {
@@ -100,7 +101,7 @@ def _score(
     given = {name: value for name, value in inputs.items() if value is not None}  # PEFT fills in what was not passed
     hidden = model.base_model(**{**given, "use_cache": False})[0]
     scale, softcap = head_transform(model.config)
-    with _gathered(_output_head(model)) as head:
+    with _unsharded(_output_head(model)) as head, gathered(head.weight, getattr(head, "bias", None)):
         return score_tokens(
             hidden.flatten(0, 1).index_select(0, source),
             head.weight,
@@ -113,7 +114,7 @@ def _score(
 
 
 @contextmanager
-def _gathered(head: Any) -> Iterator[Any]:
+def _unsharded(head: Any) -> Iterator[Any]:
     """The head with whole parameters, also where FSDP2 made it a unit of its own.
 
     FSDP gathers a unit when its forward is called, which scoring never does. Gathered by hand, the unit stays so until
@@ -167,10 +168,8 @@ def _unwrapped(model: nn.Module) -> Iterator[nn.Module]:
     inner: Any = None
     if isinstance(model, PeftModel):
         inner = model.get_base_model()
-    elif isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
-        inner = model.module
-    else:
-        inner = getattr(model, "_orig_mod", None)
+    else:  # `torch.compile`; DDP, FSDP 1, DeepSpeed
+        inner = getattr(model, "_orig_mod", None) or getattr(model, "module", None)
     if inner is not None:
         yield from _unwrapped(inner)
 

@@ -1,0 +1,162 @@
+"""The generated parts of the project's README: drawn from the code itself, so that they cannot fall behind it.
+
+    python -m prefopt.report.readme            # status 1 when README.md is behind
+    python -m prefopt.report.readme --write    # brings it up to date
+
+A part stands between the lines `<!-- generated: NAME -->` and `<!-- end -->`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import json
+import re
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from prefopt.config import CHOICES, PreferenceConfig, shown_defaults
+from prefopt.errors import UserError, nearest
+from prefopt.losses.pages import table_rows
+from prefopt.recipe import bundled_recipes
+
+ROOT = Path(__file__).resolve().parents[2]
+README = ROOT / "README.md"
+
+_BLOCK = re.compile(r"<!-- generated: (\w+) -->\n.*?<!-- end -->", re.DOTALL)
+_ARXIV = re.compile(r"arXiv (\d{4}\.\d{4,5})")
+_WIDTH = 34
+# Folders whose files speak for themselves; of the others every module has its line.
+_WHOLE_FOLDERS = {
+    "configs/accelerate": "launch settings for one process, DDP, FSDP2 and DeepSpeed",
+    "tests": "mirrors prefopt/; distributed/ on two processes, invariants/ over splits, oracle/ against TRL",
+}
+_FOLDERS = {
+    "configs": "recipes, shipped with the package",
+    "scripts": "entry points and tools of a checkout; no logic",
+    "examples": "short plain scripts, each run by the tests",
+}
+
+
+def renewed(text: str) -> str:
+    """The README's text with every generated part made anew. `UserError` for a part that nothing here makes."""
+    return _BLOCK.sub(lambda block: f"<!-- generated: {block[1]} -->\n{_part(block[1])}\n<!-- end -->", text)
+
+
+def losses_table() -> str:
+    """Every registered loss: name, paper, what it needs, and what it does."""
+    rows = ((f"`{name}`", _linked(paper), needs, summary) for name, paper, needs, summary in table_rows())
+    return _table(("loss", "paper", "needs", "in a sentence"), rows)
+
+
+def recipes_table() -> str:
+    """Every recipe that comes with the package and the sentence it opens with."""
+    rows = ((f"[`{name}`](configs/{name}.yaml)", _first_comment(path)) for name, path in bundled_recipes().items())
+    return _table(("recipe", "what it does"), rows)
+
+
+def defaults_table() -> str:
+    """The settings a resolved recipe always shows, with their defaults."""
+    own = {field.name: field.metadata.get("help", "") for field in fields(PreferenceConfig)}
+    annotated = PreferenceConfig.__annotations__
+    rows = []
+    for name, default in shown_defaults().items():
+        meaning = own[name] if name in annotated else "as in transformers"
+        choices = f" One of {', '.join(CHOICES[name])}." if name in CHOICES and CHOICES[name][0] not in meaning else ""
+        rows.append((f"`{name}`", f"`{_value(default)}`", meaning + choices))
+    return _table(("setting", "default", "meaning"), rows)
+
+
+def tree() -> str:
+    """The files of the project, one line each, with the first sentence they say about themselves."""
+    lines = [line for folder in ("configs", "examples", "prefopt", "scripts", "tests") for line in _folder(folder, 0)]
+    return "\n".join(["```", *lines, "```"])
+
+
+PARTS: dict[str, Callable[[], str]] = {
+    "losses": losses_table,
+    "recipes": recipes_table,
+    "defaults": defaults_table,
+    "tree": tree,
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Check or rewrite README.md; the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="python -m prefopt.report.readme", description="Generated parts of README.md."
+    )
+    parser.add_argument("--write", action="store_true", help="rewrite README.md instead of checking it")
+    options = parser.parse_args(arguments)
+    old = README.read_text(encoding="utf-8")
+    new = renewed(old)
+    if options.write:
+        README.write_text(new, encoding="utf-8")
+    elif new != old:
+        print("README.md is behind the code. Run: python -m prefopt.report.readme --write", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _part(name: str) -> str:
+    if name not in PARTS:
+        raise UserError(f"README.md: nothing generates `{name}`.{nearest(name, PARTS)} Known: {', '.join(PARTS)}.")
+    return PARTS[name]()
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines)
+
+
+def _linked(paper: str) -> str:
+    return _ARXIV.sub(r"[arXiv \1](https://arxiv.org/abs/\1)", paper)
+
+
+def _value(default: Any) -> str:
+    return f"{default:g}" if isinstance(default, float) else json.dumps(default).strip('"')
+
+
+def _folder(path: str, depth: int) -> Iterator[str]:
+    """The line of a folder, then those of its files, then those of its folders."""
+    folder = ROOT / path
+    about = _WHOLE_FOLDERS.get(path) or _FOLDERS.get(path) or _said(folder / "__init__.py")
+    yield _line(f"{folder.name}/", depth, about)
+    if path in _WHOLE_FOLDERS:
+        return
+    for file in sorted(file for file in folder.iterdir() if _is_shown(file)):
+        yield _line(file.name, depth + 1, _said(file))
+    for inner in sorted(inner for inner in folder.iterdir() if inner.is_dir() and inner.name != "__pycache__"):
+        yield from _folder(f"{path}/{inner.name}", depth + 1)
+
+
+def _is_shown(file: Path) -> bool:
+    return file.is_file() and file.name != "__init__.py" and file.suffix in (".py", ".yaml", ".md", "")
+
+
+def _line(name: str, depth: int, text: str) -> str:
+    return f"{'  ' * depth + name:<{_WIDTH}}{text}".rstrip()
+
+
+def _said(file: Path) -> str:
+    """What a file says it is: the first sentence of its docstring, its first comment, or its title."""
+    text = file.read_text(encoding="utf-8")
+    if file.suffix == ".py":
+        paragraph = (ast.get_docstring(ast.parse(text)) or "").split("\n\n")[0]
+        return re.split(r"(?<=\.)\s", " ".join(paragraph.split()))[0].rstrip(".")
+    if file.suffix == ".md":
+        return "the rules of this room"
+    return _first_comment(file).rstrip(".")
+
+
+def _first_comment(file: Path) -> str:
+    lines = file.read_text(encoding="utf-8").splitlines()
+    said = next((line for line in lines if line.startswith("#") and not line.startswith("#!")), "#")
+    return said.lstrip("# ").rstrip()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
