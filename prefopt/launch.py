@@ -102,12 +102,12 @@ def _launch_arguments(command: list[str]) -> list[str] | None:
     """What follows `accelerate launch`, in each of its spellings; None for another command."""
     # The program itself, or what an interpreter with its options runs.
     script = next((place for place, word in enumerate(command) if place and not word.startswith("-")), 0)
-    for place, word in ((0, command[0]), (script, command[script])) if command else ():
-        name = Path(word).name.removesuffix(".exe")
+    for place, word in ((place, command[place]) for place in (0, script) if place < len(command)):
+        name, rest = Path(word).name.removesuffix(".exe"), command[place + 1 :]
         if name in ("accelerate-launch", "accelerate.commands.launch"):
-            return command[place + 1 :]
-        if name in ("accelerate", "accelerate.commands.accelerate_cli") and command[place + 1 : place + 2] == ["launch"]:
-            return command[place + 2 :]
+            return rest
+        if name in ("accelerate", "accelerate.commands.accelerate_cli") and rest[:1] == ["launch"]:
+            return rest[1:]
     return None
 
 

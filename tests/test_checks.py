@@ -30,9 +30,8 @@ def build(tmp_path, tokenizer):
             logging_steps=1, save_steps=1, train_sampling_strategy="sequential", report_to="none", use_cpu=True,
             bf16=False, disable_tqdm=True, **settings,
         )  # fmt: skip
-        return PreferenceTrainer(
-            model, args=args, train_dataset=rows or helpers.text_pairs(12), processing_class=tokenizer, callbacks=callbacks
-        )
+        data = helpers.text_pairs(12) if rows is None else rows
+        return PreferenceTrainer(model, args=args, train_dataset=data, processing_class=tokenizer, callbacks=callbacks)
 
     return make
 
@@ -45,8 +44,7 @@ def unmoved(model, before):
     return all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
-
-# ---- before the first step --------------------------------------------------------------------------------------------
+# ---- before the first step ------------------------------------------------------------------------------------------
 
 
 def test_a_sound_start_is_said_in_three_lines(build, model, capsys):
@@ -143,7 +141,7 @@ def test_a_resumed_run_is_not_compared_with_the_reference(build, model, tokenize
     assert "start-up margins" not in capsys.readouterr().out
 
 
-# ---- in the middle of a run -------------------------------------------------------------------------------------------
+# ---- in the middle of a run -----------------------------------------------------------------------------------------
 
 
 class BeforeStep(TrainerCallback):

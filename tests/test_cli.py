@@ -216,6 +216,22 @@ def test_another_recipe_never_overwrites_a_run_that_has_a_checkpoint(prefopt, fo
     assert "holds a run with another recipe" in err
 
 
+def test_a_supervised_start_and_a_mixture(prefopt, folder):
+    mixture = {"loss": [{"name": "dpo", "beta": 0.2}, {"name": "sft"}], "loss_weights": [1.0, 0.5]}
+    stages = {"procedure": {"name": "single", "start": {"num_train_epochs": 1}}, "output_dir": "runs/mixture"}
+    (folder / "mixture.yaml").write_text(json.dumps({**yaml.safe_load(RECIPE), **mixture, **stages}))
+    status, out, _ = prefopt("train", "mixture.yaml")
+    assert status == 0
+    assert [line for line in out.splitlines() if line.startswith("[")] == [
+        "[1/2] start: runs/mixture/start", "[2/2] train: runs/mixture",
+    ]  # fmt: skip
+    assert "loss: 1 DPO(beta=0.2) + 0.5 SFT()" in out
+    last = json.loads((folder / "runs/mixture/results.json").read_text())["train"]
+    assert last["loss"] == pytest.approx(last["loss/dpo"] + 0.5 * last["loss/sft"], rel=1e-5)
+    status, out, _ = prefopt("train", "mixture.yaml")
+    assert (status, out.count("done before")) == (0, 2)
+
+
 # Evaluation
 
 

@@ -57,7 +57,7 @@ def prepare(model, **settings):
     return prepare_policy(model, **{"peft_config": None, "disable_dropout": True, "pad_token_id": 0, **settings})
 
 
-# ---- tokenizers -------------------------------------------------------------------------------------------------------
+# ---- tokenizers -----------------------------------------------------------------------------------------------------
 
 
 def test_tokenizer_of_a_loaded_model(folder, tokenizer):
@@ -89,7 +89,7 @@ def test_tokenizer_without_an_end():
         complete_tokenizer(tokenizer)
 
 
-# ---- models -----------------------------------------------------------------------------------------------------------
+# ---- models ---------------------------------------------------------------------------------------------------------
 
 
 def test_float32_unless_told_otherwise(model, tmp_path):
@@ -160,7 +160,7 @@ def test_adapter_whose_base_is_gone(adapter_folder, folder, tmp_path):
         load_model(adapter_folder[0])
 
 
-# ---- the policy -------------------------------------------------------------------------------------------------------
+# ---- the policy -----------------------------------------------------------------------------------------------------
 
 
 def test_adapter_on_top_of_an_adapter(model):
@@ -205,12 +205,12 @@ def test_pad_token_reaches_the_configuration(model):
     assert prepare(model, pad_token_id=3).config.pad_token_id == 3
 
 
-# ---- dropout ----------------------------------------------------------------------------------------------------------
+# ---- dropout --------------------------------------------------------------------------------------------------------
 
 
 def gpt2():
     sizes = {"vocab_size": 64, "n_positions": 32, "n_embd": 32, "n_layer": 2, "n_head": 4}
-    return GPT2LMHeadModel(GPT2Config(**sizes, resid_pdrop=0.3, embd_pdrop=0.3, attn_pdrop=0.3, summary_first_dropout=0.0))
+    return GPT2LMHeadModel(GPT2Config(**sizes, resid_pdrop=0.3, embd_pdrop=0.3, attn_pdrop=0.3))
 
 
 def llama():
@@ -266,7 +266,7 @@ def test_dropout_stays_where_it_is_wanted():
     assert differs(prepare(llama(), disable_dropout=False))
 
 
-# ---- what a recipe asks for -------------------------------------------------------------------------------------------
+# ---- what a recipe asks for -----------------------------------------------------------------------------------------
 
 
 def test_adapter_of_a_recipe():

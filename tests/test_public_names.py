@@ -27,7 +27,7 @@ def test_every_public_name_is_there(name):
 
 
 def test_public_names_are_the_documented_ones():
-    expected = {"PreferenceConfig", "PreferenceTrainer", "UserError", "load_recipe", "make", "score_tokens", "__version__"}
+    expected = {"PreferenceConfig", "PreferenceTrainer", "UserError", "load_recipe", "make", "score_tokens"}
     assert expected <= set(prefopt.__all__) == set(dir(prefopt))
     with pytest.raises(AttributeError, match="no_such_name"):
         _ = prefopt.no_such_name
@@ -47,7 +47,7 @@ def test_help_needs_nothing_heavy():
         "import sys\nfrom prefopt.cli import main\ntry:\n    main(['train', '--help'])\nexcept SystemExit:\n    pass\n"
         f"assert not {HEAVY} & set(sys.modules), sys.modules.keys()"
     )
-    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    found = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True, cwd=ROOT)
     assert found.returncode == 0, found.stderr
     assert "recipe" in found.stdout
 
@@ -63,7 +63,8 @@ def folder_of(package: str) -> Path:
 def test_the_package_list_is_whole():
     """The list is written by hand, because the recipes move into the package from a folder beside it."""
     modules = {".".join(path.parent.relative_to(ROOT).parts) for path in (ROOT / "prefopt").rglob("__init__.py")}
-    configs = {".".join(("prefopt", *path.parent.relative_to(ROOT).parts)) for path in (ROOT / "configs").rglob("*.yaml")}
+    folders = {path.parent.relative_to(ROOT) for path in (ROOT / "configs").rglob("*.yaml")}
+    configs = {".".join(("prefopt", *folder.parts)) for folder in folders}
     listed = SETUPTOOLS["packages"]
     # The folders below `configs` may be packages of their own, or data of the one above.
     assert modules | {"prefopt.configs"} <= set(listed) <= modules | configs

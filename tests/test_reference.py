@@ -98,7 +98,7 @@ def assert_starts_at_zero(trainer):
     assert trainer.state.log_history[-2]["logratios/chosen"] != 0
 
 
-# ---- a frozen copy ----------------------------------------------------------------------------------------------------
+# ---- a frozen copy --------------------------------------------------------------------------------------------------
 
 
 def test_frozen_copy_stays_as_it_was(build, model):
@@ -152,7 +152,7 @@ def test_grown_vocabulary_by_name(build, model, tokenizer, tmp_path):
     assert_starts_at_zero(build(str(tmp_path / "model")))
 
 
-# ---- the adapter switched off -----------------------------------------------------------------------------------------
+# ---- the adapter switched off ---------------------------------------------------------------------------------------
 
 
 def test_fresh_adapter_switched_off_is_the_base(build, tokenizer):
@@ -209,7 +209,7 @@ def test_adapter_that_trains_the_base_is_not_switched_off(build, tokenizer):
     assert torch.equal(reference_scores(trainer), plain_scores(gpt2(tokenizer), batch_of(trainer)))
 
 
-# ---- dropout ----------------------------------------------------------------------------------------------------------
+# ---- dropout --------------------------------------------------------------------------------------------------------
 
 
 def test_dropout_left_on_does_not_reach_a_margin(build, tokenizer):
@@ -236,7 +236,7 @@ def test_scoring_restores_every_mode(adapter, build, model):
     assert [module.training for module in trainer.model.modules()] == modes
 
 
-# ---- a model named by the user ----------------------------------------------------------------------------------------
+# ---- a model named by the user --------------------------------------------------------------------------------------
 
 
 def test_explicit_reference_need_not_equal_the_start(build, model, tokenizer, capsys):
@@ -284,7 +284,7 @@ def test_reference_with_virtual_tokens(build, model, tokenizer):
         build(model, ref_model=other)
 
 
-# ---- none -------------------------------------------------------------------------------------------------------------
+# ---- none -----------------------------------------------------------------------------------------------------------
 
 
 def test_loss_without_a_reference_holds_no_second_model(build, model):

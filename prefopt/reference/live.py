@@ -80,7 +80,7 @@ class FrozenModel:
 
 
 class AdapterOff:
-    """The policy's own base weights: the adapter is switched off, or to a frozen copy of the one training began with."""
+    """The policy's own base weights, with its adapter off, or with a frozen copy of the one training began with."""
 
     is_start = True
 
@@ -159,8 +159,8 @@ def _check_explicit(reference: nn.Module, policy: nn.Module) -> None:
     if theirs.config.vocab_size != ours.config.vocab_size:
         raise UserError(
             f"the reference model has a vocabulary of {theirs.config.vocab_size} tokens and the policy one of "
-            f"{ours.config.vocab_size}: their probabilities cannot be compared. Use a reference of the same family, and "
-            "resize its embeddings as the policy's."
+            f"{ours.config.vocab_size}: their probabilities cannot be compared. Use a reference of the same family, "
+            "with its embeddings resized as the policy's are."
         )
 
 

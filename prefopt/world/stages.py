@@ -32,7 +32,7 @@ class WorldSettings:
     """
 
     texts: int = 6000
-    prompts: int = 768
+    prompts: int = 1024
     samples_per_prompt: int = 4
     pairs_per_prompt: int = 1
     eval_prompts: int = 256

@@ -80,9 +80,9 @@ def config(tmp_path, **settings):
     return PreferenceConfig(output_dir=str(tmp_path / "out"), **{**SHORT, **settings})
 
 
-def moved(trainer, model):
-    """Names of the parameters that training changed."""
-    return {name for name, value in trainer.model.state_dict().items() if not torch.equal(value, model.state_dict()[name])}
+def moved(trainer, before):
+    """Names of the weights that are not what they were."""
+    return {name for name, value in trainer.model.state_dict().items() if not torch.equal(value, before[name])}
 
 
 def documented_call():
@@ -96,7 +96,7 @@ def test_the_documented_call(folder, model, rows, tmp_path, monkeypatch):
     """Changed: the import and the model's name. The data set's name is answered with rows from disk."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(datasets, "load_dataset", lambda *names, **options: rows)
-    code = documented_call().replace("from trl import DPOTrainer", "from prefopt import PreferenceTrainer as DPOTrainer")
+    code = documented_call().replace("trl import DPOTrainer", "prefopt import PreferenceTrainer as DPOTrainer")
     code, changed = re.subn(r'model="[^"]+"', f'model="{folder}"', code)
     assert changed == 1
     names: dict = {}
@@ -104,7 +104,7 @@ def test_the_documented_call(folder, model, rows, tmp_path, monkeypatch):
     trainer = names["trainer"]
     assert isinstance(trainer, PreferenceTrainer)
     assert trainer.state.global_step == 3  # three epochs of one batch of eight
-    assert moved(trainer, model)
+    assert moved(trainer, model.state_dict())
 
 
 def test_the_call_with_a_configuration(folder, rows, tmp_path):
@@ -175,7 +175,7 @@ def test_peft_config_trains_the_adapter_alone(folder, rows, tmp_path):
                                 peft_config=adapter)  # fmt: skip
     before = {name: value.clone() for name, value in trainer.model.state_dict().items()}
     trainer.train()
-    changed = {name for name, value in trainer.model.state_dict().items() if not torch.equal(value, before[name])}
+    changed = moved(trainer, before)
     assert changed and all("lora_" in name for name in changed)
 
 
@@ -207,6 +207,7 @@ def test_settings_keep_their_names_and_defaults():
     ours = {field.name: field.default for field in fields(PreferenceConfig)}
     theirs = {field.name: field.default for field in fields(DPOConfig) if field.name not in inherited}
     assert set(theirs) - set(ours) == set(SETTINGS_ELSEWHERE)
-    shared = {name: default for name, default in theirs.items() if name in ours and name != "loss_type"}
+    # TRL's "auto" pads on one kind of device alone.
+    shared = {name: default for name, default in theirs.items() if name in ours and name != "pad_to_multiple_of"}
     assert {name: ours[name] for name in shared} == shared
     assert ours["learning_rate"] == next(field.default for field in fields(DPOConfig) if field.name == "learning_rate")
