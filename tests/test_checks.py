@@ -164,6 +164,10 @@ def infinite_gradient(model):
     model.lm_head.weight.register_hook(lambda gradient: gradient * math.inf)
 
 
+def named_rows(error):
+    return [int(row) for row in re.search(r"\[(.*)\]", str(error.value)).group(1).split(",")]
+
+
 def same_bits(model, before):
     """Equal weights, NaN being equal to NaN."""
     pairs = ((value, before[name]) for name, value in model.state_dict().items())
@@ -177,9 +181,8 @@ def test_a_step_that_is_not_finite_moves_nothing(tamper, what, settings, build, 
     trainer = build(model, callbacks=[callback], **settings)
     with pytest.raises(NonFiniteError, match=rf"step 3: the {what} .*not finite") as caught:
         trainer.train()
-    named = [int(row) for row in re.search(r"\[(.*)\]", str(caught.value)).group(1).split(",")]
     rows_of_step = 2 * trainer.args.gradient_accumulation_steps
-    assert named == [row % 12 for row in range(2 * rows_of_step, 3 * rows_of_step)]
+    assert named_rows(caught) == [row % 12 for row in range(2 * rows_of_step, 3 * rows_of_step)]
     assert same_bits(model, callback.weights)
     assert trainer.state.global_step == 2
     assert sorted(path.name for path in (tmp_path / "out").glob("checkpoint-*")) == ["checkpoint-1", "checkpoint-2"]
@@ -194,16 +197,18 @@ def token_rows(build, model, **columns):
     return TokenDataset(rows)
 
 
-def test_a_bad_number_in_a_row_stops_at_its_step(build, model, tokenizer):
-    """Every other row is sound, so the steps before are taken."""
+@pytest.mark.parametrize(("accumulation", "step"), [(1, 4), (3, 2)])
+def test_a_bad_number_in_a_row_stops_at_its_step(accumulation, step, build, model, tokenizer):
+    """Every other row is sound, so the steps before are taken, and of the step the micro-batch alone is named."""
     rows = token_rows(build, model, weight=[1.0] * 7 + [math.nan] + [1.0] * 4)
-    trainer = build(helpers.make_model(vocab_size=len(tokenizer)), rows)
-    steps = []
-    trainer.add_callback(BeforeStep(4, lambda policy: steps.append(weights(policy))))
-    with pytest.raises(NonFiniteError, match=r"step 4: the loss is not finite.*\[6, 7\]"):
+    callback = BeforeStep(step, lambda policy: None)
+    policy = helpers.make_model(vocab_size=len(tokenizer))
+    trainer = build(policy, rows, [callback], gradient_accumulation_steps=accumulation)
+    with pytest.raises(NonFiniteError, match=f"step {step}: the loss is not finite") as caught:
         trainer.train()
-    assert trainer.state.global_step == 3
-    assert unmoved(trainer.model, steps[0])
+    assert 7 in named_rows(caught) and len(named_rows(caught)) == 2
+    assert trainer.state.global_step == step - 1
+    assert unmoved(policy, callback.weights)
 
 
 def test_a_bad_number_in_raw_rows_is_refused_before_training(build, model):

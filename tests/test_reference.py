@@ -192,6 +192,13 @@ def test_trained_adapter_is_copied(settings, build, model):
     assert policy.active_adapter == "default"
 
 
+def test_dropout_of_a_copied_adapter_is_off_in_the_reference(build, model):
+    policy = trained_adapter(model, lora_dropout=0.3)
+    trainer = build(policy)
+    policy.train()
+    assert torch.equal(reference_scores(trainer), plain_scores(policy, batch_of(trainer)))
+
+
 def test_a_second_trainer_copies_the_adapter_anew(build, model):
     policy = trained_adapter(model)
     build(policy).train()

@@ -23,6 +23,7 @@ from prefopt.models import adapter_config, load_model, load_tokenizer, quantizat
 from prefopt.recipe import Recipe
 from prefopt.report.card import write_card
 from prefopt.report.plots import save_plots
+from prefopt.report.progress import show_progress
 from prefopt.report.results import MetricsFile, read_metrics, write_results
 from prefopt.scratch import build_model, train_tokenizer
 from prefopt.trainer import PreferenceTrainer
@@ -66,7 +67,7 @@ def train(recipe: Recipe) -> dict[str, Any]:
     with phases.phase("train"):
         outcome = trainer.train(resume_from_checkpoint=_checkpoint(recipe))
     with phases.phase("evaluate"):
-        evaluation = trainer.evaluate() if test is not None else {}
+        evaluation = (_fresh_evaluation(trainer) or trainer.evaluate()) if test is not None else {}
     with phases.phase("save"):
         trainer.save_model(recipe.output_dir)
     results = {
@@ -109,7 +110,7 @@ def build_trainer(
     explicit = None
     if reference.model is not None:
         explicit = load_model(reference.model, dtype=section.dtype, revision=reference.revision, **options)
-    return PreferenceTrainer(
+    trainer = PreferenceTrainer(
         model,
         explicit,
         args,
@@ -120,6 +121,8 @@ def build_trainer(
         callbacks=[MetricsFile()],
         peft_config=adapter_config(section),
     )
+    show_progress(trainer)
+    return trainer
 
 
 def open_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
@@ -183,6 +186,12 @@ def _checkpoint(recipe: Recipe) -> str | None:
     if found:
         say(f"resume: going on from {found}")
     return found
+
+
+def _fresh_evaluation(trainer: PreferenceTrainer) -> dict[str, float]:
+    """The figures of an evaluation at the very last step, where the schedule already made one."""
+    last = next((line for line in reversed(trainer.state.log_history) if "eval_loss" in line), {})
+    return last if last.get("step") == trainer.state.global_step else {}
 
 
 def _last_logged(trainer: PreferenceTrainer) -> dict[str, float]:

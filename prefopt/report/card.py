@@ -5,6 +5,7 @@ A card is published, so it holds no secret and no path of the machine it was wri
 
 from __future__ import annotations
 
+import inspect
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -36,7 +37,7 @@ def write_card(
 ) -> Path:
     """Write `README.md` into a finished run's folder, from its `results.json` and its plots.
 
-    `loss_docs` maps the name of each loss to its docstring, whose first sentence and arXiv numbers are quoted.
+    `loss_docs` maps the name of each loss to its docstring, whose title and arXiv numbers are quoted.
     """
     folder = Path(folder)
     results_file = folder / RESULTS_FILE
@@ -156,12 +157,12 @@ def _introduction(base: str, datasets: list[str], docs: Mapping[str, str], adapt
     data = f" on the preferences in {', '.join(f'`{name}`' for name in datasets)}" if datasets else ""
     losses = " and ".join(f"`{name}`" for name in docs) or "a preference loss"
     lines = [f"{kind} {base}{data}, with the loss {losses}, by `prefopt`."]
-    lines += [f"- `{name}`: {_first_sentence(doc)}" for name, doc in docs.items() if doc.strip()]
+    lines += [f"- `{name}`: {_title(doc)}" for name, doc in docs.items() if doc.strip()]
     return "\n\n".join([lines[0], "\n".join(lines[1:])]).strip()
 
 
-def _first_sentence(doc: str) -> str:
-    return re.split(r"(?<=\.)\s", " ".join(doc.split()), maxsplit=1)[0]
+def _title(doc: str) -> str:
+    return " ".join(inspect.cleandoc(doc).split("\n\n")[0].split())
 
 
 def _results_section(results: Mapping[str, Any]) -> str:
