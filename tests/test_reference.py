@@ -192,6 +192,28 @@ def test_trained_adapter_is_copied(settings, build, model):
     assert policy.active_adapter == "default"
 
 
+ELSEWHERE = ["pissa", "olora", False]
+
+
+@pytest.mark.parametrize("start", ELSEWHERE)
+def test_fresh_adapter_that_does_not_start_at_zero(start, build, model):
+    """Switched off it would not be the policy that training began with."""
+    trainer = build(model, peft_config=lora(init_lora_weights=start))
+    assert torch.equal(reference_scores(trainer), plain_scores(trainer.model, batch_of(trainer)))
+    assert_starts_at_zero(trainer)
+
+
+@pytest.mark.parametrize("start", ELSEWHERE)
+def test_copying_an_adapter_leaves_the_policy_alone(start, build, model, tokenizer):
+    """PiSSA takes its adapter out of the base weights: done once more for the copy, the policy would be another."""
+    policy = get_peft_model(model, lora(init_lora_weights=start))
+    batch = batch_of(build(helpers.make_model(vocab_size=len(tokenizer))))
+    before = plain_scores(policy, batch)
+    trainer = build(policy)
+    assert torch.equal(plain_scores(policy, batch), before)
+    assert torch.equal(reference_scores(trainer), before)
+
+
 def test_dropout_of_a_copied_adapter_is_off_in_the_reference(build, model):
     policy = trained_adapter(model, lora_dropout=0.3)
     trainer = build(policy)

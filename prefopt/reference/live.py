@@ -120,8 +120,9 @@ def plan_reference(
 ) -> Reference:
     """Choose the source for a loss that needs `none` or `logp`, before training moves the policy.
 
-    `fresh_adapter`: the adapter was just made, so switching it off gives the starting policy. `explicit`: a model that
-    was asked for by name, whose margins need not be 0. Raises `UserError` for one that cannot be the reference.
+    `fresh_adapter`: the adapter was just made, so switching it off gives the starting policy, unless its configuration
+    has it start elsewhere (PiSSA). `explicit`: a model that was asked for by name, whose margins need not be 0. Raises
+    `UserError` for one that cannot be the reference.
     """
     if need == "none":
         if explicit is not None:
@@ -131,7 +132,8 @@ def plan_reference(
         _check_explicit(explicit, policy)
         return FrozenModel(explicit, is_start=False, summary=f"live: {explicit_name}")
     if isinstance(policy, PeftModel) and not _trains_its_base(policy):
-        return AdapterOff(None if fresh_adapter else _copy_adapter(policy))
+        adds_nothing = fresh_adapter and _starts_at_zero(policy)
+        return AdapterOff(None if adds_nothing else _copy_adapter(policy))
     return FrozenModel(copy.deepcopy(policy), is_start=True, summary="live: a frozen copy of the starting policy")
 
 
@@ -170,12 +172,21 @@ def _trains_its_base(model: PeftModel) -> bool:
     return any(p.requires_grad and active not in name.split(".") for name, p in model.named_parameters())
 
 
+def _starts_at_zero(model: PeftModel) -> bool:
+    """Whether a new adapter of this configuration adds nothing to the base; others are checked at the first step."""
+    return getattr(model.peft_config[model.active_adapter], "init_lora_weights", True) in (True, "gaussian")
+
+
 def _copy_adapter(model: PeftModel) -> str:
     """Freeze a copy of the active adapter beside it, and return the copy's name."""
     active = model.active_adapter
     if _REFERENCE_ADAPTER in model.peft_config:  # from an earlier trainer of this model
         model.delete_adapter(_REFERENCE_ADAPTER)
-    model.add_adapter(_REFERENCE_ADAPTER, model.peft_config[active])
+    config = copy.deepcopy(model.peft_config[active])
+    if hasattr(config, "init_lora_weights"):
+        # PiSSA and its like rewrite the base when an adapter is added, a second time here.
+        config.init_lora_weights = True
+    model.add_adapter(_REFERENCE_ADAPTER, config)
     parameters = dict(model.named_parameters())
     for name, parameter in parameters.items():
         parts = name.split(".")
