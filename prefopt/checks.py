@@ -38,18 +38,25 @@ def check_start(trainer: PreferenceTrainer, model: nn.Module) -> None:
         with evaluating(model), torch.no_grad():
             result = check_scores(model, batch)
         say(
-            f"self-check: scores agree with the model's own logits to {result.max_difference:.1e} (bound {result.bound:.1e})"
+            f"self-check: scores agree with the model's own logits to {result.max_difference:.1e} "
+            f"(bound {result.bound:.1e})"
         )
     if trainer.reference.is_start:
         _check_margins(trainer, model, batch)
 
 
-def check_rows(objective: Objective, data: Any) -> Any:
+def check_rows(objective: Objective, data: Any, like: TokenDataset | None = None) -> Any:
     """The data set (or dict of them, or None) as it came, after refusing what the loss cannot be trained on.
 
-    Raises `DataError` for the wrong kind of rows, a missing column, or a row the loss itself objects to.
+    Raises `DataError` for the wrong kind of rows, a missing column, a row the loss itself objects to, or rows unlike
+    those of `like`, which the batches are laid out for.
     """
     if isinstance(data, TokenDataset):
+        if like is not None and (data.paired, set(data.columns)) != (like.paired, set(like.columns)):
+            raise DataError(
+                f"evaluation rows are {_kind(data)}, training rows {_kind(like)}: give both the same columns, or the "
+                "two losses would not mean the same"
+            )
         objective.check_rows(paired=data.paired, columns=data.columns)
         for row in data.rows:
             problem = objective.row_problem(row["columns"])
@@ -57,8 +64,13 @@ def check_rows(objective: Objective, data: Any) -> Any:
                 raise DataError(f"row {row['row']}: {problem}")
     elif data is not None:
         for part in data.values():
-            check_rows(objective, part)
+            check_rows(objective, part, like)
     return data
+
+
+def _kind(data: TokenDataset) -> str:
+    columns = f" with {', '.join(data.columns)}" if data.columns else ""
+    return f"{'pairs' if data.paired else 'single answers'}{columns}"
 
 
 def not_finite(step: int, norm: Any, window: Sequence[tuple[Tensor, Tensor]]) -> NonFiniteError:
@@ -80,7 +92,7 @@ def not_finite(step: int, norm: Any, window: Sequence[tuple[Tensor, Tensor]]) ->
 def _small_batch(trainer: PreferenceTrainer) -> dict[str, Any]:
     dataset = trainer.train_dataset
     shortest = sorted(range(len(dataset)), key=lambda index: dataset.lengths[index])[:_ROWS]
-    return trainer._prepare_inputs(trainer.data_collator([dataset[index] for index in shortest]))
+    return trainer._prepare_inputs(trainer.data_collator([dict(dataset[index]) for index in shortest]))
 
 
 def _check_margins(trainer: PreferenceTrainer, model: nn.Module, batch: dict[str, Any]) -> None:

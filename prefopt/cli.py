@@ -21,8 +21,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         options.run(options, rest)
     except UserError as error:
-        if _is_first_rank():
-            print(f"error: {error}", file=sys.stderr, flush=True)
+        # A rank may fail alone, so each speaks; only the first speaks plainly.
+        rank = "" if _is_first_rank() else f"[rank {os.environ['RANK']}] "
+        print(f"{rank}error: {error}", file=sys.stderr, flush=True)
         return 2
     finally:
         _leave_together()

@@ -14,6 +14,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils.peft_utils import find_adapter_config_file
 
 from prefopt.config import PreferenceConfig
 from prefopt.errors import UserError
@@ -24,7 +25,7 @@ DTYPES = {"auto": "auto", "float32": torch.float32, "bfloat16": torch.bfloat16, 
 
 
 def load_tokenizer(
-    source: str | nn.Module, *, revision: str | None = None, trust_remote_code: bool = False
+    source: str | PreTrainedModel, *, revision: str | None = None, trust_remote_code: bool = False
 ) -> PreTrainedTokenizerBase:
     """The tokenizer at a local folder or a Hub name, or of a loaded model. Raises `UserError` when there is none."""
     name = source if isinstance(source, str) else source.config._name_or_path
@@ -48,18 +49,32 @@ def complete_tokenizer(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenize
     return tokenizer
 
 
-def open_model(model: str | nn.Module, args: PreferenceConfig, quantization_config: Any = None) -> nn.Module:
-    """A model given to the trainer: as it is, or loaded by its name with `args.model_init_kwargs`."""
+def tokenizer_of(model: str | PreTrainedModel, args: PreferenceConfig) -> PreTrainedTokenizerBase:
+    """The tokenizer that belongs to a model given to the trainer, at the revision the model is loaded from."""
+    options = args.model_init_kwargs or {}
+    kept = {name: options[name] for name in ("revision", "trust_remote_code") if name in options}
+    return load_tokenizer(model, **kept)
+
+
+def open_model(
+    model: str | nn.Module, args: PreferenceConfig, quantization_config: Any = None, *, reference: bool = False
+) -> Any:
+    """A model given to the trainer: as it is, or loaded by its name with `args.model_init_kwargs`.
+
+    A `reference` is another repository, so the policy's revision says nothing about it.
+    """
     if not isinstance(model, str):
         if quantization_config is not None:
             raise UserError("`quantization_config` has no effect on a model that is already loaded: give its name")
         return model
     # TRL's name for what `from_pretrained` takes besides.
-    options = args.model_init_kwargs or {}
+    options = dict(args.model_init_kwargs or {})
+    if reference:
+        options.pop("revision", None)
     return load_model(model, quantization_config=quantization_config, **options)
 
 
-def load_model(name: str, *, dtype: str = "float32", **options: Any) -> PreTrainedModel:
+def load_model(name: str, *, dtype: str = "float32", **options: Any) -> Any:
     """The causal language model at a local folder or a Hub name, in float32 unless told otherwise, as TRL does.
 
     `options` go to `from_pretrained` (`revision`, `attn_implementation`, `quantization_config`, ...). A folder that
@@ -70,19 +85,15 @@ def load_model(name: str, *, dtype: str = "float32", **options: Any) -> PreTrain
     options = {key: value for key, value in options.items() if value is not None}
     try:
         # transformers opens an adapter folder too, but without PEFT's wrapper, which the reference pass needs.
-        model = _load_adapter(name, dtype, options)
-        return (
-            model if model is not None else AutoModelForCausalLM.from_pretrained(name, dtype=DTYPES[dtype], **options)
-        )
+        if find_adapter_config_file(name, revision=options.get("revision")) is not None:
+            return _load_adapter(name, dtype, options)
+        return AutoModelForCausalLM.from_pretrained(name, dtype=DTYPES[dtype], **options)
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"model_name_or_path: `{name}` could not be loaded. {_first_line(error)}") from error
 
 
-def _load_adapter(name: str, dtype: str, options: dict[str, Any]) -> PeftModel | None:
-    try:
-        config = PeftConfig.from_pretrained(name, revision=options.get("revision"))
-    except (ValueError, OSError):
-        return None
+def _load_adapter(name: str, dtype: str, options: dict[str, Any]) -> PeftModel:
+    config = PeftConfig.from_pretrained(name, revision=options.get("revision"))
     base = AutoModelForCausalLM.from_pretrained(
         config.base_model_name_or_path, dtype=DTYPES[dtype], **{**options, "revision": config.revision}
     )
@@ -113,8 +124,8 @@ def quantization_config(section: ModelSection) -> BitsAndBytesConfig | None:
 
 
 def prepare_policy(
-    model: nn.Module, *, peft_config: PeftConfig | None, disable_dropout: bool, pad_token_id: int | None
-) -> nn.Module:
+    model: Any, *, peft_config: PeftConfig | None, disable_dropout: bool, pad_token_id: int | None
+) -> Any:
     """Make a loaded model the policy: scoring forward, dropout policy, adapters, in the order they need.
 
     Raises `UserError` when the model cannot be scored or nothing in it would be trained.

@@ -16,7 +16,7 @@ from peft import PeftConfig
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback
-from transformers.trainer_utils import EvalLoopOutput
+from transformers.trainer_utils import EvalLoopOutput, set_seed
 
 from prefopt.checks import check_rows, check_start, not_finite
 from prefopt.config import PreferenceConfig
@@ -29,7 +29,7 @@ from prefopt.errors import NonFiniteError
 from prefopt.launch import refuse_parallelism
 from prefopt.losses import Loss, Objective, sides_of
 from prefopt.metrics import MetricSums
-from prefopt.models import complete_tokenizer, load_tokenizer, open_model, prepare_policy
+from prefopt.models import complete_tokenizer, open_model, prepare_policy, tokenizer_of
 from prefopt.predictions import Predictions
 from prefopt.reference.live import evaluating, plan_of, plan_reference
 from prefopt.scoring import TokenScores
@@ -73,10 +73,11 @@ class PreferenceTrainer(Trainer):
     ) -> None:
         args = args or PreferenceConfig(output_dir="runs/prefopt")
         self.objective: Objective = Objective.of(loss, args.loss_weights)
-        tokenizer = complete_tokenizer(processing_class or load_tokenizer(model))
+        tokenizer = complete_tokenizer(processing_class or tokenizer_of(model, args))
         self.preparation = Preparation.for_objective(tokenizer, args, self.objective, say=say)
         train_dataset = check_rows(self.objective, self.preparation.any(train_dataset, "train"))
-        eval_dataset = check_rows(self.objective, self.preparation.any(eval_dataset, "eval"))
+        eval_dataset = check_rows(self.objective, self.preparation.any(eval_dataset, "eval"), like=train_dataset)
+        set_seed(args.seed)  # a fresh adapter draws its weights
         policy = prepare_policy(
             open_model(model, args, quantization_config),
             peft_config=peft_config,
@@ -87,7 +88,7 @@ class PreferenceTrainer(Trainer):
             self.objective.reference,
             policy,
             fresh_adapter=peft_config is not None,
-            explicit=None if ref_model is None else open_model(ref_model, args, quantization_config),
+            explicit=None if ref_model is None else open_model(ref_model, args, quantization_config, reference=True),
         )
         self._train_sums = MetricSums()
         self._eval_sums = MetricSums()
@@ -146,7 +147,8 @@ class PreferenceTrainer(Trainer):
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
         """The loader of an evaluation set: its name, a prepared data set, or raw rows, which are prepared first."""
         if eval_dataset is not None and not isinstance(eval_dataset, str):
-            eval_dataset = check_rows(self.objective, self.preparation.one(eval_dataset, "eval"))
+            rows = self.preparation.one(eval_dataset, "eval")
+            eval_dataset = check_rows(self.objective, rows, like=self.train_dataset)
         return super().get_eval_dataloader(eval_dataset)
 
     def _run_epoch(self, **kwargs: Any) -> None:  # type: ignore[override]

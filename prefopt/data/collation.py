@@ -103,4 +103,3 @@ def row_length(row: Row) -> int:
 
 def _completion(row: Row, side: str) -> _Completion:
     return _Completion(*(np.asarray(row[key]) for key in ("prompt_ids", f"{side}_ids", f"{side}_scored")))
-

@@ -82,10 +82,11 @@ def _read_status(folder: Path, name: str, inputs: str) -> str:
     try:
         mark = json.loads((folder / MARK).read_text())[name]
     except (OSError, ValueError, KeyError):
-        return "new"
+        mark = {"status": "started", "inputs": None}
     if mark["inputs"] == inputs:
         return mark["status"]
-    # A run that stopped before its first checkpoint, as one with a bad row does, leaves nothing to protect.
+    # A run that stopped before its first checkpoint, as one with a bad row does, leaves nothing to protect. A
+    # checkpoint without our mark was made by something else, and must not be taken for the start of this run.
     empty = mark["status"] == "started" and not any(folder.glob("checkpoint-*"))
     return "new" if empty else "other"
 

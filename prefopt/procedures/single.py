@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 @procedure("single")
 def single(recipe: Recipe) -> Sequence[Stage]:
-    """`procedure: {start: {...}}` trains on the chosen answers with loss `sft` first; its keys override the recipe's."""
+    """`procedure: {start: {...}}`: first `sft` on the chosen answers, with these settings over the recipe's."""
     refuse_unknown(recipe, "start")
     if "start" not in recipe.procedure:
         return [TrainStage("train", recipe)]

@@ -58,7 +58,7 @@ def train(recipe: Recipe) -> dict[str, Any]:
         preparation = Preparation.for_objective(tokenizer, args, objective, say=say)
         data, test = preparation.train_and_test(recipe.data_spec())
         check_rows(objective, data)
-        check_rows(objective, test)
+        check_rows(objective, test, like=data)
     with phases.phase("model"):
         trainer = build_trainer(recipe, objective, tokenizer, data, test)
     if PartialState().is_main_process:

@@ -54,7 +54,7 @@ RETIRED = {
     "padding_value": "padding is never scored. Remove this line.",
     "parallelism_config": "write it into the config file of `accelerate launch`. Remove this line.",
     "precompute_ref_batch_size": "is not supported. Remove this line.",
-    "precompute_ref_log_probs": "is not supported in this version: the reference runs beside the policy. Remove this line.",
+    "precompute_ref_log_probs": "is not supported yet: the reference runs beside the policy. Remove this line.",
     "preprocessing_num_workers": "rows are tokenised in one process in this version. Remove this line.",
     "ref_adapter_name": "write reference: {model: ...} with the path of the adapter.",
     "ref_model_init_kwargs": "write reference: {model: ..., revision: ...}.",

@@ -5,11 +5,11 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from accelerate import Accelerator
-from peft import PeftModel
+from peft import LoraModel, PeftModel
 from torch import Tensor, nn
 
 from prefopt.data.collation import MODEL_KEYS
@@ -58,7 +58,7 @@ class FrozenModel:
         refuse_unsupported(model)
         enable_scoring(model)
         silence_dropout(model)
-        self.model = model.requires_grad_(False).eval()
+        self.model: Any = model.requires_grad_(False).eval()
         self.is_start = is_start
         self.summary = summary
 
@@ -102,12 +102,12 @@ class AdapterOff:
             with model.disable_adapter():
                 yield
             return
-        active = model.active_adapter
+        active, tuner = model.active_adapter, cast(LoraModel, model.base_model)
         try:
-            model.base_model.set_adapter(self.adapter, inference_mode=True)
+            tuner.set_adapter(self.adapter, inference_mode=True)
             yield
         finally:
-            model.base_model.set_adapter(active)
+            tuner.set_adapter(active)
 
 
 def plan_reference(
@@ -198,7 +198,7 @@ def _copy_adapter(model: PeftModel) -> str:
 
 
 def _peft_model(policy: nn.Module) -> PeftModel:
-    inner = policy
+    inner: Any = policy
     while not isinstance(inner, PeftModel):
         inner = inner.module
     return inner

@@ -67,7 +67,7 @@ def score_tokens(
     scores: dict[str, Tensor] = {}
     if "logp" in statistics or "entropy" in statistics:
         arguments = (hidden, _whole(head), _whole(bias), targets, scale, softcap, "entropy" in statistics)
-        scores["logp"], scores["entropy"] = _HeadScores.apply(*arguments)  # type: ignore[no-untyped-call]
+        scores["logp"], scores["entropy"] = _HeadScores.apply(*arguments)
     if ref_hidden is not None and ref_head is not None and "ref_logp" in statistics:
         with torch.no_grad(), _full_precision(ref_hidden):
             reference = _Head(ref_hidden, _whole(ref_head), _whole(ref_bias), scale, softcap)

@@ -159,7 +159,7 @@ def causal_lm(model: nn.Module) -> PreTrainedModel:
 
 def _output_head(model: PreTrainedModel) -> Any:
     """The module that holds the head's `weight` and maybe `bias`; with PEFT possibly a wrapper that picks the copy."""
-    return model.get_output_embeddings()  # type: ignore[no-untyped-call]
+    return model.get_output_embeddings()
 
 
 def _unwrapped(model: nn.Module) -> Iterator[nn.Module]:

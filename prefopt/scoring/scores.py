@@ -79,7 +79,9 @@ class TokenScores:
 
     def log_ratio(self) -> Tensor:
         """log pi(y|x) - log ref(y|x), summed over each completion: `[size]`, nats."""
-        return self.total("logp") - self.total("ref_logp")
+        # Token by token: the two sums are thousands of nats on long answers, and their difference a few.
+        difference = self.logp - self.ref_logp
+        return self._sum(difference if self.token_weight is None else difference * self.token_weight)
 
     def slice(self, completions: slice, tokens: slice) -> TokenScores:
         """The completions `completions`, whose tokens are `tokens`, renumbered from 0. Both slices have bounds."""

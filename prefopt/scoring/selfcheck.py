@@ -87,7 +87,7 @@ def _own_logits(model: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, torch
 
     The dtype is caught at the head because autocast and accelerate convert before and after it.
     """
-    head: nn.Module = causal_lm(model).get_output_embeddings()  # type: ignore[no-untyped-call]
+    head: nn.Module = causal_lm(model).get_output_embeddings()
     seen: list[tuple[torch.dtype, int]] = []
     hook = head.register_forward_hook(lambda _, args, output: seen.append((output.dtype, args[0].shape[-1])))
     try:

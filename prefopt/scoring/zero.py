@@ -5,10 +5,8 @@ from __future__ import annotations
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
-from torch import Tensor
 
-
-def gathered(*parameters: Tensor | None) -> AbstractContextManager[Any]:
+def gathered(*parameters: Any) -> AbstractContextManager[Any]:
     """A context in which these parameters are whole; does nothing without ZeRO-3.
 
     ZeRO-3 puts a parameter together when the forward of its own module is called, which scoring never does, so it is

@@ -55,3 +55,9 @@ def test_a_stage_depends_on_the_ones_before_it(tmp_path):
     run_plan([log.stage("a", tmp_path / "a", {"n": 1}), log.stage("b", tmp_path / "b")])
     with pytest.raises(UserError):
         run_plan([log.stage("a", tmp_path / "other", {"n": 2}), log.stage("b", tmp_path / "b")])
+
+
+def test_checkpoints_of_something_else_are_not_taken_over(tmp_path):
+    (tmp_path / "checkpoint-5").mkdir()
+    with pytest.raises(UserError, match="Choose another output_dir"):
+        run_plan([Log().stage("a", tmp_path)])

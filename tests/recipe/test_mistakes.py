@@ -9,9 +9,9 @@ import pytest
 
 from prefopt.config import PreferenceConfig
 from prefopt.errors import RecipeError
+from prefopt.losses.elsewhere import IN_TRL
 from prefopt.recipe import load_recipe
 from prefopt.recipe.read import known_names, training_types
-from prefopt.losses.elsewhere import IN_TRL
 from prefopt.recipe.renamed import NOTES, RENAMED, RETIRED
 from tests.recipe.mistakes import BASE, Mistake, mistake_table
 

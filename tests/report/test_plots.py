@@ -17,7 +17,7 @@ NAMES = (
 
 
 def events(steps, names=NAMES):
-    train = [{"step": step, **{name: 1.0 / step for name in names}} for step in range(1, steps + 1)]
+    train = [{"step": step, **dict.fromkeys(names, 1.0 / step)} for step in range(1, steps + 1)]
     return [*train, {"step": steps, **{f"eval_{name}": 0.5 for name in names[:-2]}}]
 
 
