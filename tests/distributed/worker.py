@@ -53,7 +53,6 @@ def run(case: dict[str, Any], folder: str, world: int) -> dict[str, Any]:
     """Train a case on this rank; its weights, the rows it saw, and what was logged."""
     visits = Visits()
     adapter = case.get("adapter", False)
-    torch.manual_seed(3)
     trainer = make_trainer(
         folder,
         text_pairs(case["rows"]),
@@ -66,7 +65,6 @@ def run(case: dict[str, Any], folder: str, world: int) -> dict[str, Any]:
         gradient_accumulation_steps=case["accumulation"],
         num_train_epochs=case.get("epochs", 1),
         activation_checkpointing=adapter,
-        learning_rate=10.0 if adapter else 1.0,
     )
     visits.watch(trainer)
     trainer.train()
