@@ -88,7 +88,7 @@ def test_sdpo_is_refused_with_the_three_papers(name):
     [
         ("rpo", "mixture of `dpo` and `sft`"),
         ("spin", "procedure"),
-        ("stepwise", "under `procedure:`"),
+        ("stepwise", "is a procedure, not a loss"),
         ("tdpo", "two losses"),
         ("R-DPO", "length-regularised"),
         ("sigmoid", "TRL's `sigmoid` is `dpo` here."),
@@ -105,7 +105,7 @@ def test_an_explanation_says_whether_the_loss_is_here(monkeypatch):
     monkeypatch.delitem(registry._LOSSES, "dpo")
     with pytest.raises(RecipeError, match="TRL's `sigmoid` is `dpo` here, but not in this version"):
         make("sigmoid")
-    with pytest.raises(RecipeError, match=r"with the loss `dpo` \(not in this version\)"):
+    with pytest.raises(RecipeError, match=r"around `dpo` \(not in this version\)"):
         make("spin")
 
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 import transformers
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -150,7 +151,9 @@ def test_a_replaced_forward_is_refused() -> None:
         enable_scoring(model)
 
 
-def test_accelerate_wraps_and_unwraps() -> None:
+def test_accelerate_wraps_and_unwraps(monkeypatch: pytest.MonkeyPatch) -> None:
+    # The state is one for the whole process, and another test may have made it without mixed precision.
+    monkeypatch.setattr(AcceleratorState, "_shared_state", {})
     model, rows = llama(), batch()
     accelerator = Accelerator(mixed_precision="bf16", cpu=True)
     prepared = accelerator.prepare_model(model)
