@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from prefopt.console import say
-from prefopt.errors import RecipeError, nearest
+from prefopt.errors import RecipeError, UserError, nearest
 from prefopt.procedures.single import with_start
 from prefopt.procedures.stage import MakeStage, Stage, procedure, refuse_unknown
 from prefopt.world import stages
@@ -42,6 +42,8 @@ def small_world(recipe: Recipe) -> Sequence[Stage]:
 
 def _pairs(base: Path, folder: Path, settings: WorldSettings) -> None:
     counts = stages.make_pairs(base, folder, settings)
+    if not counts["pairs"] or not counts["eval_pairs"]:
+        raise UserError("the base model wrote no two usable answers to a prompt: give it more texts or epochs")
     say("pairs: " + ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in counts.items()))
 
 

@@ -1,0 +1,188 @@
+"""What a user of `PreferenceTrainer` relies on beyond exactness: options, evaluation sets, and that it learns."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset
+from transformers import TrainerCallback
+
+from prefopt.config import PreferenceConfig
+from prefopt.data.prepare import Preparation
+from prefopt.errors import DataError, UserError
+from prefopt.losses import make
+from prefopt.trainer import PreferenceTrainer
+from tests.helpers import WORDS, make_model, make_tokenizer, text_pairs
+from tests.training import make_trainer, trained, weights
+
+ADAM = {"optim": "adamw_torch", "learning_rate": 3e-3, "max_grad_norm": 1.0}
+
+
+def preferring(word: str, count: int, seed: int = 0) -> list[dict[str, str]]:
+    """Pairs whose chosen answer ends in one word and the rejected one in another."""
+    other = next(each for each in WORDS if each != word)
+    rows = text_pairs(count, seed=seed)
+    return [{**row, "chosen": f"{row['chosen']} {word}", "rejected": f"{row['chosen']} {other}"} for row in rows]
+
+
+def test_dpo_learns_what_is_preferred_and_sft_what_is_said(tmp_path):
+    """The promise of each loss on held-out rows of a preference that can be learned."""
+    rows, held_out = preferring("dawn", 48), preferring("dawn", 24, seed=9)
+    start, end = {}, {}
+    for loss in ("dpo", "sft"):
+        settings = {**ADAM, "num_train_epochs": 4, "per_device_train_batch_size": 8}
+        trainer = make_trainer(tmp_path, rows, loss=loss, model=make_model(), eval_rows=held_out, **settings)
+        start[loss] = trainer.evaluate()
+        trainer.train()
+        end[loss] = trainer.evaluate()
+    assert end["dpo"]["eval_rewards/accuracies"] > 0.95
+    assert end["dpo"]["eval_loss"] < 0.8 * start["dpo"]["eval_loss"]
+    assert end["sft"]["eval_nll_loss"] < start["sft"]["eval_nll_loss"] - 1.0
+
+
+def test_soft_labels_stop_at_their_own_margin(tmp_path):
+    """With the preference at one half there is nothing to learn: the gradient at a margin of 0 vanishes."""
+    rows = [{**row, "preference": 0.5} for row in text_pairs(6)]
+    trainer = make_trainer(tmp_path, rows, reference=make_model(), per_device_train_batch_size=6)
+    trainer.train()
+    torch.testing.assert_close(weights(trainer.model), weights(make_model()), atol=1e-6, rtol=0)
+
+
+def test_bfloat16_and_checkpointing_follow_float32(tmp_path):
+    settings = {"per_device_train_batch_size": 4, "learning_rate": 0.1}
+    exact = trained(tmp_path, text_pairs(8), **settings) - weights(make_model())
+    rough = trained(tmp_path, text_pairs(8), bf16=True, activation_checkpointing=True, **settings) - weights(
+        make_model()
+    )
+    assert torch.nn.functional.cosine_similarity(exact, rough, dim=0) > 0.99
+
+
+def test_loader_workers_change_nothing(tmp_path):
+    ends = [
+        trained(tmp_path, text_pairs(9), per_device_train_batch_size=4, dataloader_num_workers=count)
+        for count in (0, 2)
+    ]
+    assert torch.equal(*ends)
+
+
+def test_evaluation_sets_by_name_give_the_figures_of_each_alone(tmp_path):
+    sets = {"near": text_pairs(5, seed=4), "far": text_pairs(3, seed=5)}
+    together = make_trainer(tmp_path, text_pairs(4), eval_rows=sets).evaluate()
+    for name, rows in sets.items():
+        alone = make_trainer(tmp_path, text_pairs(4), eval_rows=rows).evaluate()
+        assert together[f"eval_{name}_loss"] == pytest.approx(alone["eval_loss"], rel=1e-6)
+
+
+def test_new_rows_are_evaluated_against_the_starting_reference(tmp_path):
+    """After training, a set given to `evaluate` must not take the trained policy for its own reference."""
+    trainer = make_trainer(tmp_path, text_pairs(8), per_device_train_batch_size=4)
+    before = {name: value.clone() for name, value in trainer.reference.model.state_dict().items()}
+    trainer.train()
+    figures = trainer.evaluate(Dataset.from_list(text_pairs(4, seed=8)))
+    assert abs(figures["eval_logratios/chosen"]) > 1e-3
+    assert all(torch.equal(before[name], value) for name, value in trainer.reference.model.state_dict().items())
+
+
+def test_compute_metrics_sees_each_row_once_in_order(tmp_path):
+    seen = []
+
+    def count(prediction) -> dict[str, float]:
+        seen.append(prediction)
+        return {"wins": float((prediction.predictions[:, 0] > prediction.predictions[:, 1]).mean())}
+
+    rows = text_pairs(7, seed=2)
+    stock = make_trainer(tmp_path, text_pairs(2), eval_rows=rows, per_device_eval_batch_size=3)
+    trainer = PreferenceTrainer(
+        make_model(),
+        make_model(seed=7),
+        stock.args,
+        train_dataset=text_pairs(2),
+        eval_dataset=rows,
+        processing_class=make_tokenizer(),
+        compute_metrics=count,
+    )
+    figures = trainer.evaluate()
+    assert figures["eval_wins"] == pytest.approx(figures["eval_rewards/accuracies"])
+    assert seen[0].predictions.shape == (7, 2)
+    single = [stock.evaluate([row])["eval_logratios/chosen"] for row in rows]
+    np.testing.assert_allclose(seen[0].predictions[:, 0], single, atol=1e-5)
+
+
+def test_the_best_checkpoint_is_found_and_loaded(tmp_path):
+    schedule = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1}
+    trainer = make_trainer(
+        tmp_path,
+        text_pairs(8),
+        eval_rows=text_pairs(4, seed=3),
+        per_device_train_batch_size=4,
+        load_best_model_at_end=True,
+        metric_for_best_model="eval_rewards/margins",
+        greater_is_better=True,
+        eval_on_start=True,
+        **schedule,
+    )
+    trainer.train()
+    margins = [line["eval_rewards/margins"] for line in trainer.state.log_history if "eval_loss" in line]
+    assert len(margins) == 3
+    assert trainer.state.best_metric == max(margins[1:])
+    assert trainer.evaluate()["eval_rewards/margins"] == pytest.approx(max(margins[1:]), abs=1e-6)
+
+
+def test_the_random_state_is_left_alone_by_the_checks(tmp_path):
+    """What a run draws does not depend on whether it checks itself first."""
+
+    class Draw(TrainerCallback):
+        numbers: list[float] = []
+
+        def on_step_begin(self, *args, **kwargs):
+            self.numbers.append(torch.rand(1).item())
+
+    draws = []
+    for check in (True, False):
+        callback = Draw()
+        callback.numbers = []
+        make_trainer(tmp_path, text_pairs(4), callbacks=[callback], self_check=check).train()
+        draws.append(callback.numbers)
+    assert draws[0] == draws[1]
+
+
+def test_a_loss_object_with_its_knobs(tmp_path):
+    trainer = make_trainer(tmp_path, text_pairs(4), loss=make("dpo", beta=0.7))
+    assert trainer.objective.losses[0].beta == 0.7
+
+
+@pytest.mark.parametrize(
+    ("rows", "loss", "message"),
+    [
+        ([{"prompt": "a", "completion": " b", "label": True}], "dpo", "a pair"),
+        ([{"prompt": "a", "chosen": " b"}], "dpo", "rejected"),
+        ([], "dpo", "no row"),
+    ],
+)
+def test_rows_that_do_not_fit_are_refused_before_a_model_is_loaded(tmp_path, rows, loss, message):
+    with pytest.raises(DataError, match=message):
+        PreferenceTrainer(
+            "no/such/model",
+            args=PreferenceConfig(output_dir=str(tmp_path)),
+            loss=loss,
+            train_dataset=rows,
+            processing_class=make_tokenizer(),
+        )
+
+
+def test_evaluation_rows_must_be_like_the_training_rows(tmp_path):
+    soft = [{**row, "preference": 0.8} for row in text_pairs(2)]
+    with pytest.raises(DataError, match="same columns"):
+        make_trainer(tmp_path, text_pairs(2), eval_rows=soft)
+
+
+def test_no_rows_at_all(tmp_path):
+    with pytest.raises(UserError, match="give train_dataset"):
+        make_trainer(tmp_path, None)
+
+
+def test_prepared_rows_are_taken_as_they_are(tmp_path):
+    args = PreferenceConfig(output_dir=str(tmp_path))
+    prepared = Preparation(make_tokenizer(), args, say=lambda *lines: None).one(text_pairs(3), "train")
+    assert make_trainer(tmp_path, prepared).train_dataset is prepared
