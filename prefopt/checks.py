@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
+from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor, nn
 
@@ -58,6 +59,7 @@ def check_rows(objective: Objective, data: Any, like: TokenDataset | None = None
                 "two losses would not mean the same"
             )
         objective.check_rows(paired=data.paired, columns=data.columns)
+        _refuse_silence(objective, data)
         for row in data.rows:
             problem = objective.row_problem(row["columns"])
             if problem:
@@ -68,19 +70,38 @@ def check_rows(objective: Objective, data: Any, like: TokenDataset | None = None
     return data
 
 
+def _refuse_silence(objective: Objective, data: TokenDataset) -> None:
+    """A mean over no answer would be logged as a loss of 0."""
+    silent = [loss.name for loss in objective.losses if loss.needs.completions == "desirable"]
+    if silent and not data.paired and not any(row["desirable"] for row in data.rows):
+        raise DataError(f"`{silent[0]}` reads desirable answers alone, and no row has one (`label` true)")
+
+
 def _kind(data: TokenDataset) -> str:
     columns = f" with {', '.join(data.columns)}" if data.columns else ""
     return f"{'pairs' if data.paired else 'single answers'}{columns}"
 
 
-def not_finite(step: int, norm: Any, window: Sequence[tuple[Tensor, Tensor]]) -> NonFiniteError:
-    """The error for a step with a NaN or infinite loss or gradient, with the rows it came from.
+def check_step(accelerator: Accelerator, step: int, norm: Any, window: Sequence[tuple[Tensor, Tensor]]) -> None:
+    """Raise `NonFiniteError` before the optimizer moves when the step's loss or gradient is not finite.
 
-    `window` holds (rows, loss) of this rank's micro-batches. Every rank must call this: the rows are gathered.
+    `norm` is that of the gradient, None where it is unknown; `window` holds (rows, loss) of this rank's micro-batches.
+    Every rank must call this. It waits for the device once.
     """
-    bad = [rows for rows, loss in window if not torch.isfinite(loss)]
-    suspects = bad or [rows for rows, _ in window]
-    rows = sorted(row for part in gather_object([rows.tolist() for rows in suspects]) for row in part)
+    norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # FSDP2 shards it
+    bad = (~torch.isfinite(torch.stack([loss for _, loss in window]))).any()
+    # A loss scaler meets infinite gradients now and then and skips those steps itself.
+    if norm is not None and accelerator.scaler is None:
+        bad = bad | ~torch.isfinite(torch.as_tensor(norm, device=bad.device))
+    if accelerator.reduce(bad.float(), reduction="sum").item():
+        raise _not_finite(step, norm, window)
+
+
+def _not_finite(step: int, norm: Any, window: Sequence[tuple[Tensor, Tensor]]) -> NonFiniteError:
+    """The error for a step, with the rows it came from, gathered from all ranks."""
+    parts = gather_object([(rows.tolist(), bool(torch.isfinite(loss))) for rows, loss in window])
+    bad = [rows for rows, finite in parts if not finite]
+    rows = sorted(row for part in bad or [rows for rows, _ in parts] for row in part)
     what = "loss" if bad else f"gradient (norm {float(norm) if norm is not None else 'unknown'})"
     return NonFiniteError(
         f"step {step}: the {what} is not finite. The optimizer has not moved, and nothing was saved after it. Rows of "
@@ -91,7 +112,8 @@ def not_finite(step: int, norm: Any, window: Sequence[tuple[Tensor, Tensor]]) ->
 
 def _small_batch(trainer: PreferenceTrainer) -> dict[str, Any]:
     dataset = trainer.train_dataset
-    shortest = sorted(range(len(dataset)), key=lambda index: dataset.lengths[index])[:_ROWS]
+    scored = (i for i in range(len(dataset)) if trainer.objective.all_completions or dataset[i].get("desirable", True))
+    shortest = sorted(scored, key=lambda index: dataset.lengths[index])[:_ROWS]
     return trainer._prepare_inputs(trainer.data_collator([dict(dataset[index]) for index in shortest]))
 
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from prefopt.errors import UserError
 
@@ -59,8 +61,8 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("model", help="a local folder or a Hub name; an adapter folder too")
     evaluate.add_argument("--data", required=True, nargs="+", help="preference files: pairs, or labelled answers")
     evaluate.add_argument("--reference", help="the model that log-ratios are taken against")
-    evaluate.add_argument("--batch_size", type=int, default=8)
-    evaluate.add_argument("--max_length", type=int, default=1024)
+    evaluate.add_argument("--batch_size", type=_count, default=8)
+    evaluate.add_argument("--max_length", type=_count, default=1024, help="most tokens of a prompt and one answer")
     evaluate.add_argument("--max_dropped", type=float, default=0.01, help="largest share of rows the limit may drop")
     evaluate.add_argument("--json", metavar="FILE", help="write the figures there as well")
     evaluate.set_defaults(run=_evaluate)
@@ -120,6 +122,7 @@ def _evaluate(options: argparse.Namespace, rest: list[str]) -> None:
     from prefopt.report.results import write_whole
 
     say(starting_line(asked))
+    file = _writable(options.json) if options.json and _is_first_rank() else None
     result = evaluate_files(
         options.model,
         options.data,
@@ -129,11 +132,24 @@ def _evaluate(options: argparse.Namespace, rest: list[str]) -> None:
         max_dropped=options.max_dropped,
     )
     say(evaluation_text(result))
-    if options.json and _is_first_rank():
-        import json
-        from pathlib import Path
+    if file is not None:
+        write_whole(file, json.dumps(result, indent=2) + "\n")
 
-        write_whole(Path(options.json), json.dumps(result, indent=2) + "\n")
+
+def _writable(name: str) -> Path:
+    """The file to write, its folder made beforehand: an evaluation is not lost for want of a place."""
+    file = Path(name)
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--json: {file} cannot be written: {error.strerror}. Name another file.") from error
+    return file
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number from 1 on, not {text}")
+    return int(text)
 
 
 def _load_plugins(options: argparse.Namespace) -> None:

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import sys
+
 from accelerate import PartialState
+from tqdm.auto import tqdm
 
 
 def say(*lines: str) -> None:
-    """Print lines once, however many processes run."""
+    """Print lines once, however many processes run, above a progress bar where one is on the screen."""
+    if not PartialState().is_local_main_process:
+        return
     for line in lines:
-        PartialState().print(line, flush=True)
+        tqdm.write(line)
+    sys.stdout.flush()

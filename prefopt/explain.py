@@ -89,7 +89,8 @@ def reference_plan(recipe: Recipe) -> str:
 
 def count_rows(recipe: Recipe) -> Rows:
     """Count and measure the rows of local files. What is wrong with them becomes a note: explaining never fails."""
-    if not recipe.data.local_files():
+    data = recipe.data
+    if not data.local_files() and (data.dataset_name or not data.data_files):
         return Rows("Rows are not counted: the data is not on this machine.")
     objective = recipe.objective()
     settings = recipe.resolved()
@@ -236,7 +237,7 @@ def _step_count(settings: dict[str, Any], rows: int | None, effective: int) -> s
         return f"{settings['max_steps']} (max_steps)"
     epochs = settings["num_train_epochs"]
     if rows is None:
-        return f"epochs: {epochs:g}"
+        return f"unknown (epochs: {epochs:g})"
     whole = settings.get("dataloader_drop_last", False)
     per_epoch = max(1, rows // effective if whole else math.ceil(rows / effective))
     return f"{per_epoch} an epoch, {math.ceil(epochs * per_epoch)} in all (epochs: {epochs:g})"

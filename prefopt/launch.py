@@ -76,9 +76,9 @@ def starting_line(asked: Launch) -> str:
     state = PartialState()
     if asked.num_processes is not None and asked.num_processes != state.num_processes:
         raise UserError(
-            f"launch: {asked.num_processes} processes were asked for and {state.num_processes} run(s). On a CPU, "
-            "`--cpu` and MULTI_CPU start only one: use `--config_file configs/accelerate/cpu2.yaml`, or `torchrun "
-            "--nproc_per_node 2 scripts/train.py ...`."
+            f"launch: {asked.num_processes} processes were asked for, but the number running is {state.num_processes}. "
+            "On a CPU, `--cpu` and MULTI_CPU start only one: use `--config_file configs/accelerate/cpu2.yaml`, or "
+            "`torchrun --nproc_per_node 2 scripts/train.py ...`."
         )
     if asked.distributed_type in _SHARDED and state.device.type == "cpu":
         raise UserError(
@@ -87,7 +87,8 @@ def starting_line(asked: Launch) -> str:
         )
     kind = asked.distributed_type if asked.distributed_type in _SHARDED else state.distributed_type.value
     device = torch.cuda.get_device_name() if state.device.type == "cuda" else state.device.type
-    return f"launch: {state.num_processes} process(es), {kind}, {device}"
+    count = f"{state.num_processes} processes, {kind}" if state.num_processes > 1 else "1 process"
+    return f"launch: {count}, {device}"
 
 
 def refuse_parallelism(accelerator: Accelerator) -> None:

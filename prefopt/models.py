@@ -21,6 +21,7 @@ from prefopt.errors import UserError
 from prefopt.recipe.sections import ModelSection
 from prefopt.scoring.model import enable_scoring, refuse_unsupported
 
+CHECK_NAME = "Check the name and the folder you are in; without a network, name a local folder."
 DTYPES = {"auto": "auto", "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -34,9 +35,7 @@ def load_tokenizer(
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
-        raise UserError(
-            f"model_name_or_path: no tokenizer could be loaded from `{name}`. {_first_line(error)}"
-        ) from error
+        raise UserError(f"no tokenizer could be loaded from `{name}`: {_first_line(error)} {CHECK_NAME}") from error
     return complete_tokenizer(tokenizer)
 
 
@@ -56,22 +55,29 @@ def tokenizer_of(model: str | PreTrainedModel, args: PreferenceConfig) -> PreTra
     return load_tokenizer(model, **kept)
 
 
-def open_model(
-    model: str | nn.Module, args: PreferenceConfig, quantization_config: Any = None, *, reference: bool = False
-) -> Any:
-    """A model given to the trainer: as it is, or loaded by its name with `args.model_init_kwargs`.
-
-    A `reference` is another repository, so the policy's revision says nothing about it.
-    """
+def open_model(model: str | nn.Module, args: PreferenceConfig, quantization_config: Any = None, **options: Any) -> Any:
+    """A model given to the trainer: as it is, or loaded by its name with `args.model_init_kwargs` and `options`."""
     if not isinstance(model, str):
         if quantization_config is not None:
             raise UserError("`quantization_config` has no effect on a model that is already loaded: give its name")
         return model
     # TRL's name for what `from_pretrained` takes besides.
-    options = dict(args.model_init_kwargs or {})
-    if reference:
-        options.pop("revision", None)
-    return load_model(model, quantization_config=quantization_config, **options)
+    return load_model(model, quantization_config=quantization_config, **{**(args.model_init_kwargs or {}), **options})
+
+
+def open_reference(
+    need: str, ref_model: str | nn.Module | None, args: PreferenceConfig, quantization_config: Any = None
+) -> Any:
+    """The reference given to the trainer as `ref_model`, or else in `args.reference`; None for the starting policy.
+
+    A name is another repository than the policy's, so the policy's revision says nothing about it. Raises `UserError`
+    when the settings say that there is none and the loss has the `need` of one.
+    """
+    settings = args.reference or {}
+    if settings.get("source") == "none" and need != "none":
+        raise UserError("reference: the source is `none`, but this loss needs a reference. Write `auto`")
+    name, revision = (settings.get("model"), settings.get("revision")) if ref_model is None else (ref_model, None)
+    return open_model(name, args, quantization_config, revision=revision) if isinstance(name, str) else name
 
 
 def load_model(name: str, *, dtype: str = "float32", **options: Any) -> Any:
@@ -89,7 +95,7 @@ def load_model(name: str, *, dtype: str = "float32", **options: Any) -> Any:
             return _load_adapter(name, dtype, options)
         return AutoModelForCausalLM.from_pretrained(name, dtype=DTYPES[dtype], **options)
     except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"model_name_or_path: `{name}` could not be loaded. {_first_line(error)}") from error
+        raise UserError(f"the model `{name}` could not be loaded: {_first_line(error)} {CHECK_NAME}") from error
 
 
 def _load_adapter(name: str, dtype: str, options: dict[str, Any]) -> PeftModel:

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from accelerate.utils import gather_object
 from transformers import EvalPrediction
+from transformers.trainer_utils import denumpify_detensorize
 
 from prefopt.scoring import TokenScores
 
@@ -30,16 +31,18 @@ class Predictions:
             return
         values = (scores.log_ratio() if "ref_logp" in scores.statistics else scores.total("logp")).tolist()
         count = len(batch["row"])
-        for index, row in enumerate(batch["row"].tolist()):
+        # A loss that reads desirable answers alone leaves the rows of the others, which come last, without a score.
+        for index, row in enumerate(batch["row"][: len(values)].tolist()):
             desirable = batch["paired"] or index < batch["desirable_size"]
             self.lines.append((row, int(desirable), values[index::count]))
 
-    def metrics(self) -> dict[str, float]:
-        """Gather the rows of all ranks, call the user's function with them, and start anew."""
+    def metrics(self, prefix: str) -> dict[str, float]:
+        """Gather the rows of all ranks, call the user's function, and start anew; names without their `prefix`."""
         if self.compute_metrics is None:
             return {}
         lines = sorted(gather_object(self.lines))
         self.lines = []
         predictions = np.array([values for _, _, values in lines])
         labels = np.array([label for _, label, _ in lines])
-        return self.compute_metrics(EvalPrediction(predictions=predictions, label_ids=labels))
+        found = self.compute_metrics(EvalPrediction(predictions=predictions, label_ids=labels))
+        return {name.removeprefix(f"{prefix}_"): denumpify_detensorize(value) for name, value in found.items()}

@@ -60,7 +60,13 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, *, chat: bool = False
     return _wrap(core, chat)
 
 
-def build_model(fields: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, seed: int) -> PreTrainedModel:
+def build_model(
+    fields: Mapping[str, Any],
+    tokenizer: PreTrainedTokenizerBase,
+    seed: int,
+    *,
+    attn_implementation: str | None = None,
+) -> PreTrainedModel:
     """A causal language model with random weights, in float32, the same for the same `seed`.
 
     `fields` holds `model_type` (a name transformers knows, such as `llama`) and any fields of that type's
@@ -78,7 +84,7 @@ def build_model(fields: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, s
         config = scratch_config({**from_tokenizer, **fields})
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(config, attn_implementation=attn_implementation)
     except RecipeError as error:
         raise RecipeError(f"from_scratch: {error}") from error
     # Some types check their numbers only while the layers are built.

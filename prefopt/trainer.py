@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput, set_seed
 
-from prefopt.checks import check_rows, check_start, not_finite
+from prefopt.checks import check_rows, check_start, check_step
 from prefopt.config import PreferenceConfig
 from prefopt.console import say
 from prefopt.data.collation import Batch
@@ -29,7 +29,7 @@ from prefopt.errors import NonFiniteError
 from prefopt.launch import refuse_parallelism
 from prefopt.losses import Loss, Objective, sides_of
 from prefopt.metrics import MetricSums
-from prefopt.models import complete_tokenizer, open_model, prepare_policy, tokenizer_of
+from prefopt.models import complete_tokenizer, open_model, open_reference, prepare_policy, tokenizer_of
 from prefopt.predictions import Predictions
 from prefopt.reference.live import evaluating, plan_of, plan_reference
 from prefopt.scoring import TokenScores
@@ -75,7 +75,7 @@ class PreferenceTrainer(Trainer):
         self.objective: Objective = Objective.of(loss, args.loss_weights)
         tokenizer = complete_tokenizer(processing_class or tokenizer_of(model, args))
         self.preparation = Preparation.for_objective(tokenizer, args, self.objective, say=say)
-        train_dataset = check_rows(self.objective, self.preparation.any(train_dataset, "train"))
+        train_dataset = check_rows(self.objective, self.preparation.train(train_dataset))
         eval_dataset = check_rows(self.objective, self.preparation.any(eval_dataset, "eval"), like=train_dataset)
         set_seed(args.seed)  # a fresh adapter draws its weights
         policy = prepare_policy(
@@ -88,7 +88,7 @@ class PreferenceTrainer(Trainer):
             self.objective.reference,
             policy,
             fresh_adapter=peft_config is not None,
-            explicit=None if ref_model is None else open_model(ref_model, args, quantization_config, reference=True),
+            explicit=open_reference(self.objective.reference, ref_model, args, quantization_config),
         )
         self._train_sums = MetricSums()
         self._eval_sums = MetricSums()
@@ -124,7 +124,7 @@ class PreferenceTrainer(Trainer):
     ) -> DataLoader:
         args = self.args
         sampler = WindowSampler(
-            dataset.lengths,
+            dataset.lengths if self.objective.all_completions else dataset.desirable_lengths,
             batch_size=batch_size,
             accumulation=args.gradient_accumulation_steps if is_training else 1,
             world_size=args.world_size,
@@ -150,6 +150,14 @@ class PreferenceTrainer(Trainer):
             rows = self.preparation.one(eval_dataset, "eval")
             eval_dataset = check_rows(self.objective, rows, like=self.train_dataset)
         return super().get_eval_dataloader(eval_dataset)
+
+    get_test_dataloader = get_eval_dataloader  # type: ignore[assignment]  # the rows of `predict`
+
+    def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
+        if not self.is_fsdp_enabled:
+            # An evaluation before training leaves this mark, and the ranks would then train each for itself.
+            vars(self.model).pop("_is_accelerate_prepared", None)
+        return super()._prepare_for_training(*args, **kwargs)
 
     def _run_epoch(self, **kwargs: Any) -> None:  # type: ignore[override]
         # A resumed epoch wraps the batch sampler once more, out of the loop's own reach.
@@ -218,19 +226,8 @@ class PreferenceTrainer(Trainer):
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         norm = super()._get_grad_norm(model, grad_norm)
-        self._stop_if_not_finite(norm)
+        check_step(self.accelerator, self.state.global_step + 1, norm, self._window)
         return norm
-
-    def _stop_if_not_finite(self, norm: Any) -> None:
-        """Raise before the optimizer moves when the step's loss or gradient is not finite; one look a step."""
-        losses = torch.stack([loss for _, loss in self._window])
-        norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # FSDP2 shards it
-        bad = (~torch.isfinite(losses)).any()
-        # A loss scaler meets infinite gradients now and then and skips those steps itself.
-        if norm is not None and self.accelerator.scaler is None:
-            bad = bad | ~torch.isfinite(torch.as_tensor(norm, device=bad.device))
-        if self.accelerator.reduce(bad.float(), reduction="sum").item():
-            raise not_finite(self.state.global_step + 1, norm, self._window)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the training metrics since the last log: means over rows or tokens of all ranks."""
@@ -248,6 +245,9 @@ class PreferenceTrainer(Trainer):
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         self._count_tokens()  # the count is part of the saved state
         super()._save_checkpoint(model, trial)
+
+    def _track_num_input_tokens(self, inputs: Batch) -> None:
+        """Nothing: `get_batch_samples` counts them, whatever `include_num_input_tokens_seen` says."""
 
     def floating_point_ops(self, inputs: Batch) -> int:
         """Six flops a token and body parameter; the stock count walks the whole model at every micro-batch."""
@@ -288,7 +288,7 @@ class PreferenceTrainer(Trainer):
         figures["loss"] = sum(weight * value for weight, value in zip(self.objective.weights, terms, strict=True))
         if not math.isfinite(figures["loss"]):
             raise NonFiniteError(f"evaluation after step {self.state.global_step}: the loss is {figures['loss']}")
-        figures.update(self._predictions.metrics())
+        figures.update(self._predictions.metrics(metric_key_prefix))
         assert output.metrics is not None  # the stock loop always fills it
         output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in figures.items()})
         return output

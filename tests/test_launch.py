@@ -157,15 +157,15 @@ def running(monkeypatch):
 
 def test_one_line_says_what_runs(running):
     running(1)
-    assert starting_line(Launch()) == "launch: 1 process(es), NO, cpu"
+    assert starting_line(Launch()) == "launch: 1 process, cpu"
     running(2, DistributedType.MULTI_CPU)
-    assert starting_line(Launch(2, "MULTI_GPU", True)) == "launch: 2 process(es), MULTI_CPU, cpu"
+    assert starting_line(Launch(2, "MULTI_GPU", True)) == "launch: 2 processes, MULTI_CPU, cpu"
 
 
 @pytest.mark.parametrize(("asked", "run"), [(2, 1), (1, 2), (8, 4)])
 def test_another_number_of_processes(asked, run, running):
     running(run)
-    message = rf"{asked} processes were asked for and {run} run\(s\).*cpu2\.yaml.*torchrun"
+    message = rf"{asked} processes were asked for, but the number running is {run}.*cpu2\.yaml.*torchrun"
     with pytest.raises(UserError, match=message):
         starting_line(Launch(asked))
 
@@ -181,8 +181,8 @@ def test_sharding_on_accelerators_is_said_by_its_name(running, monkeypatch):
     """PartialState knows only of several GPUs; FSDP comes with the Accelerator."""
     running(8, DistributedType.MULTI_GPU, "cuda")
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "H200")
-    assert starting_line(Launch(8, "FSDP")) == "launch: 8 process(es), FSDP, H200"
-    assert starting_line(Launch(8, "MULTI_GPU")) == "launch: 8 process(es), MULTI_GPU, H200"
+    assert starting_line(Launch(8, "FSDP")) == "launch: 8 processes, FSDP, H200"
+    assert starting_line(Launch(8, "MULTI_GPU")) == "launch: 8 processes, MULTI_GPU, H200"
 
 
 @pytest.mark.parametrize("name", ["tp_size", "cp_size", "sp_size"])
@@ -234,7 +234,7 @@ def test_a_real_launch(options, processes, tmp_path):
     )
     if processes is None:
         assert found.returncode != 0
-        assert "2 processes were asked for and 1 run(s)" in found.stderr
+        assert "2 processes were asked for, but the number running is 1" in found.stderr
     else:
         assert found.returncode == 0, found.stderr
-        assert found.stdout.count(f"launch: {processes} process(es), MULTI_CPU, cpu") == processes
+        assert found.stdout.count(f"launch: {processes} processes, MULTI_CPU, cpu") == processes

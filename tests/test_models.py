@@ -24,6 +24,7 @@ from prefopt.models import (
     load_model,
     load_tokenizer,
     open_model,
+    open_reference,
     prepare_policy,
     quantization_config,
     silence_dropout,
@@ -106,7 +107,7 @@ def test_unknown_dtype(folder):
 
 @pytest.mark.parametrize("name", ["no-such-folder", "nobody/no-such-model"])
 def test_model_that_is_not_there(name):
-    with pytest.raises(UserError, match=f"model_name_or_path: `{name}` could not be loaded"):
+    with pytest.raises(UserError, match=f"the model `{name}` could not be loaded"):
         load_model(name)
 
 
@@ -129,6 +130,18 @@ def test_open_model_takes_a_name_or_a_model(folder, model, args):
     assert opened.dtype == torch.bfloat16 and opened.config._attn_implementation == "eager"
     with pytest.raises(UserError, match="already loaded"):
         open_model(model, args(), object())
+
+
+def test_the_reference_of_the_settings_is_the_one_opened(folder, model, args):
+    init = {"revision": "the-policy-s", "attn_implementation": "eager"}
+    opened = open_reference("logp", None, args(reference={"model": folder}, model_init_kwargs=init))
+    assert opened.config._name_or_path == folder and opened.config._attn_implementation == "eager"
+    assert open_reference("logp", model, args(reference={"model": "no/such/model"})) is model
+    assert open_reference("logp", model, args(), object()) is model  # the policy's quantization says nothing of it
+    assert open_reference("logp", None, args(reference={"source": "live"})) is None
+    assert open_reference("none", None, args(reference={"source": "none"})) is None
+    with pytest.raises(UserError, match="this loss needs a reference"):
+        open_reference("logp", None, args(reference={"source": "none"}))
 
 
 @pytest.fixture

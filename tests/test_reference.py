@@ -286,6 +286,15 @@ def test_explicit_reference_by_name(build, model, tokenizer, tmp_path):
     assert torch.equal(reference_scores(trainer), plain_scores(other, batch_of(trainer)))
 
 
+def test_explicit_reference_in_the_settings(build, model, tokenizer, tmp_path):
+    """`reference.model`, as a recipe spells it, is not passed over in Python."""
+    other = helpers.make_model(5, vocab_size=len(tokenizer))
+    other.save_pretrained(tmp_path / "other")
+    trainer = build(model, {"reference": {"model": str(tmp_path / "other")}})
+    assert not trainer.reference.is_start
+    assert torch.equal(reference_scores(trainer), plain_scores(other, batch_of(trainer)))
+
+
 def test_explicit_reference_for_an_adapter(build, model, tokenizer):
     other = helpers.make_model(5, vocab_size=len(tokenizer))
     trainer = build(model, ref_model=other, peft_config=lora())

@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from datasets import Dataset
+from datasets import Dataset, DatasetDict
+from peft import LoraConfig
 from transformers import TrainerCallback
 
 from prefopt.config import PreferenceConfig
@@ -58,6 +59,26 @@ def test_bfloat16_and_checkpointing_follow_float32(tmp_path):
     assert torch.nn.functional.cosine_similarity(exact, rough, dim=0) > 0.99
 
 
+@pytest.mark.parametrize("peft_config", [None, LoraConfig(r=4, target_modules=["q_proj", "v_proj"])])
+def test_an_evaluation_before_training_is_in_the_precision_of_training(tmp_path, peft_config):
+    """Policy and reference alike: in different ones they would differ by more than nothing."""
+    rows = text_pairs(5)
+    args = make_trainer(tmp_path, rows, bf16=True, learning_rate=0.0).args
+    trainer = PreferenceTrainer(
+        make_model(),
+        args=args,
+        train_dataset=rows,
+        eval_dataset=rows,
+        processing_class=make_tokenizer(),
+        peft_config=peft_config,
+    )
+    before = trainer.evaluate()
+    trainer.train()
+    after = trainer.evaluate()
+    assert before["eval_logratios/chosen"] == before["eval_logratios/rejected"] == 0
+    assert before["eval_logps/chosen"] == after["eval_logps/chosen"]
+
+
 def test_loader_workers_change_nothing(tmp_path):
     ends = [
         trained(tmp_path, text_pairs(9), per_device_train_batch_size=4, dataloader_num_workers=count)
@@ -107,6 +128,69 @@ def test_compute_metrics_sees_each_row_once_in_order(tmp_path):
     assert seen[0].predictions.shape == (7, 2)
     single = [stock.evaluate([row])["eval_logratios/chosen"] for row in rows]
     np.testing.assert_allclose(seen[0].predictions[:, 0], single, atol=1e-5)
+
+
+def answers(labels: list[bool], **more: str) -> list[dict[str, object]]:
+    """Single answers with these labels."""
+    rows = text_pairs(len(labels), seed=6)
+    return [
+        {"prompt": row["prompt"], "completion": row["chosen"], "label": label, **more}
+        for row, label in zip(rows, labels, strict=True)
+    ]
+
+
+def test_compute_metrics_of_a_loss_that_reads_desirable_answers_alone(tmp_path):
+    rows = answers([True, False, True, True, False])
+    trainer = make_trainer(tmp_path, rows, loss="sft", eval_rows=rows, per_device_eval_batch_size=3)
+    seen = []
+    trainer._predictions.compute_metrics = lambda prediction: (
+        seen.append(prediction)
+        or {
+            "count": prediction.label_ids.sum(),
+            "eval_named": 1.0,
+        }
+    )
+    figures = trainer.evaluate()
+    assert seen[0].predictions.shape == (3, 1)
+    assert figures["eval_count"] == 3 and type(figures["eval_count"]) is int  # JSON holds it
+    assert figures["eval_named"] == 1.0 and "eval_eval_named" not in figures
+
+
+def test_a_loss_never_starts_without_an_answer_to_read(tmp_path):
+    """The shortest rows, which the start is checked on, may all be undesirable; all rows may not."""
+    short = [{**row, "completion": " a"} for row in answers([False] * 5)]
+    make_trainer(tmp_path, short + answers([True] * 3), loss="sft").train()
+    with pytest.raises(DataError, match="`sft` reads desirable answers alone"):
+        make_trainer(tmp_path, short, loss="sft")
+    with pytest.raises(DataError, match="`sft` reads desirable answers alone"):
+        make_trainer(tmp_path, answers([True]), loss="sft", eval_rows=short)
+
+
+def test_rows_are_grouped_by_what_is_read(tmp_path):
+    """Rejected answers that no loss reads must not spread the chosen ones over batches of unlike lengths."""
+    lengths = [int(index) for index in np.random.default_rng(0).permutation(32)]
+    rows = [{"prompt": "the", "chosen": " a" * (2 + length), "rejected": " cat" * (50 - length)} for length in lengths]
+    trainer = make_trainer(tmp_path, rows, loss="sft", per_device_train_batch_size=4)
+    for batch in trainer.get_train_dataloader():
+        read = batch["attention_mask"].sum(1)
+        assert int(read.max() - read.min()) == 3
+
+
+def test_tokens_are_counted_once(tmp_path):
+    counts = []
+    for way in ("no", "all"):
+        trainer = make_trainer(tmp_path, text_pairs(4), include_num_input_tokens_seen=way)
+        trainer.train()
+        counts.append(trainer.state.num_input_tokens_seen)
+    assert counts[0] == counts[1] == sum(trainer.train_dataset.lengths)
+
+
+def test_a_dict_of_splits_trains_on_its_train_split_and_predict_takes_raw_rows(tmp_path):
+    splits = DatasetDict({"train": Dataset.from_list(text_pairs(3)), "test": Dataset.from_list(text_pairs(2, seed=3))})
+    trainer = make_trainer(tmp_path, splits, eval_rows=text_pairs(2, seed=3))
+    assert len(trainer.train_dataset) == 3
+    predicted = trainer.predict(text_pairs(2, seed=3)).metrics
+    assert predicted["test_loss"] == pytest.approx(trainer.evaluate()["eval_loss"])
 
 
 def test_the_best_checkpoint_is_found_and_loaded(tmp_path):

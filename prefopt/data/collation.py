@@ -95,9 +95,10 @@ class Collator:
         }
 
 
-def row_length(row: Row) -> int:
+def row_length(row: Row, rejected: bool = True) -> int:
     """Tokens the backbone reads for a row in the plain layout: what rows are grouped by."""
-    sides = [name for name in ("chosen_ids", "rejected_ids", "completion_ids") if name in row]
+    wanted = ("chosen_ids", "completion_ids", *(("rejected_ids",) if rejected else ()))
+    sides = [name for name in wanted if name in row]
     return sum(len(row["prompt_ids"]) + len(row[name]) for name in sides)
 
 

@@ -34,6 +34,11 @@ class TokenDataset:
         """Tokens the backbone reads for each row."""
         return [row_length(row) for row in self.rows]
 
+    @cached_property
+    def desirable_lengths(self) -> list[int]:
+        """As `lengths`, for a loss that leaves the rejected answers of pairs out of the forward."""
+        return [row_length(row, rejected=False) for row in self.rows]
+
     @property
     def columns(self) -> tuple[str, ...]:
         """Names of the numeric columns every row carries."""

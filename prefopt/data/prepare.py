@@ -69,6 +69,10 @@ class Preparation:
         loaded = load_examples(DataSpec(rows=rows, rows_name=title), **self._rules())
         return self._tokens(loaded.examples, loaded.report, title)
 
+    def train(self, rows: Any) -> TokenDataset | None:
+        """Training rows as `one`; of a dict of splits its `train`."""
+        return None if rows is None else self.one(rows, "train")
+
     def any(self, rows: Any, title: str) -> Any:
         """As `one`, also for None and for a dict of data sets by name."""
         if rows is None:

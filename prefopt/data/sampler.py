@@ -13,6 +13,8 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from torch.utils.data import Sampler
 
+from prefopt.errors import DataError
+
 STRATEGIES = ("random", "sequential", "group_by_length", "longest_first")
 # Windows that are sorted by length together under `group_by_length`: enough for near-equal lengths inside a window,
 # few enough that the order of an epoch stays random.
@@ -51,6 +53,8 @@ class WindowSampler(Sampler[list[int]]):
         self.strategy = strategy
         self.drop_last = drop_last
         self.epoch = 0
+        if drop_last and not len(self):
+            raise DataError(f"dataloader_drop_last: {len(lengths)} rows do not fill one step of {self.window}")
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the order of `epoch`; the loop calls it before each one, resumed ones included."""

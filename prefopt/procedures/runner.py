@@ -7,19 +7,26 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
+from safetensors import SafetensorError
 
 from prefopt.console import say
 from prefopt.errors import UserError
 from prefopt.procedures.stage import MakeStage, Stage
+from prefopt.report.results import write_whole
+
+if TYPE_CHECKING:
+    from prefopt.recipe import Recipe
 
 MARK = "stage.json"
+WEIGHTS = ("checkpoint-*", "*.safetensors", "pytorch_model*.bin")
 
 
 def run_plan(stages: Sequence[Stage]) -> Any:
@@ -36,7 +43,8 @@ def run_plan(stages: Sequence[Stage]) -> Any:
             continue
         say(f"{title}: {stage.folder}")
         _mark(stage.folder, stage.name, inputs, "started")
-        result = _run(stage)
+        with _disk_of(stage.folder):
+            result = _run(stage)
         _mark(stage.folder, stage.name, inputs, "done")
     return result
 
@@ -52,10 +60,27 @@ def stage_hash(stage: Stage, before: str) -> str:
     for name in ("output_dir", "logging_steps", "report_to", "disable_tqdm", "resume_from_checkpoint"):
         settings.pop(name, None)
     digest.update(json.dumps(settings, sort_keys=True, default=str).encode())
-    for file in stage.recipe.data.local_files():
-        if file.is_file():
-            digest.update(hashlib.sha256(file.read_bytes()).digest())
+    for file in (*stage.recipe.data.local_files(), *_loss_files(stage.recipe)):
+        digest.update(hashlib.sha256(file.read_bytes()).digest())
     return digest.hexdigest()
+
+
+def _loss_files(recipe: Recipe) -> list[Path]:
+    """The files of losses from outside the package: another formula under the same name is another run."""
+    modules = {type(loss).__module__ for loss in recipe.objective().losses}
+    outside = sorted(name for name in modules if not name.startswith("prefopt."))
+    return [Path(str(sys.modules[name].__file__)) for name in outside if getattr(sys.modules[name], "__file__", None)]
+
+
+@contextmanager
+def _disk_of(folder: Path) -> Iterator[None]:
+    """A full disk as a `UserError`; those who write weights say it in three ways."""
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        if not any(words in str(error) for words in ("No space left", "PytorchStreamWriter failed")):
+            raise
+        raise UserError(f"{folder}: the disk is full. Make room, and give the same command again to go on.") from error
 
 
 def _run(stage: Stage) -> Any:
@@ -68,9 +93,11 @@ def _run(stage: Stage) -> Any:
 
 
 def _status(folder: Path, name: str, inputs: str) -> str:
-    """`new`, `started` or `done`, as the main process sees it."""
+    """`new`, `started` or `done`, as the main process sees it. Raises `UserError` for a folder that is taken."""
     status = [_read_status(folder, name, inputs) if PartialState().is_main_process else None]
     found = broadcast_object_list(status)[0]
+    if found == "foreign":
+        raise UserError(f"{folder}: holds a model that this run did not make. Choose another output_dir.")
     if found == "other":
         raise UserError(
             f"{folder}: holds a run with another recipe or other data. Choose another output_dir, or delete the folder."
@@ -82,24 +109,28 @@ def _read_status(folder: Path, name: str, inputs: str) -> str:
     try:
         mark = json.loads((folder / MARK).read_text())[name]
     except (OSError, ValueError, KeyError):
-        mark = {"status": "started", "inputs": None}
+        # Weights without our mark must be neither written over nor taken for the start of this run.
+        return "foreign" if _holds_weights(folder) else "new"
     if mark["inputs"] == inputs:
-        return mark["status"]
-    # A run that stopped before its first checkpoint, as one with a bad row does, leaves nothing to protect. A
-    # checkpoint without our mark was made by something else, and must not be taken for the start of this run.
-    empty = mark["status"] == "started" and not any(folder.glob("checkpoint-*"))
-    return "new" if empty else "other"
+        return str(mark["status"])
+    # A run that stopped before its first checkpoint, as one with a bad row does, leaves nothing to protect.
+    return "new" if mark["status"] == "started" and not _holds_weights(folder) else "other"
+
+
+def _holds_weights(folder: Path) -> bool:
+    return any(True for pattern in WEIGHTS for _ in folder.glob(pattern))
 
 
 def _mark(folder: Path, name: str, inputs: str, status: str) -> None:
     state = PartialState()
     state.wait_for_everyone()
     if state.is_main_process:
-        folder.mkdir(parents=True, exist_ok=True)
-        path = folder / MARK
-        marks = json.loads(path.read_text()) if path.is_file() else {}
-        marks[name] = {"status": status, "inputs": inputs}
-        partial = path.with_name("_" + MARK)
-        partial.write_text(json.dumps(marks, indent=2))
-        os.replace(partial, path)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            path = folder / MARK
+            marks = json.loads(path.read_text()) if path.is_file() else {}
+            marks[name] = {"status": status, "inputs": inputs}
+            write_whole(path, json.dumps(marks, indent=2))
+        except OSError as error:
+            raise UserError(f"{folder}: cannot be written: {error.strerror}. Choose another output_dir.") from error
     state.wait_for_everyone()

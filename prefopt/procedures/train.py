@@ -9,24 +9,28 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import PartialState
 from transformers import PreTrainedTokenizerBase
 from transformers.trainer_utils import get_last_checkpoint
 
 from prefopt.checks import check_rows
 from prefopt.console import say
-from prefopt.data import Example, load_examples
+from prefopt.data import Example, load_train_test
 from prefopt.data.dataset import TokenDataset
 from prefopt.data.prepare import Preparation
+from prefopt.errors import UserError
 from prefopt.losses import Objective
 from prefopt.models import adapter_config, load_model, load_tokenizer, quantization_config
-from prefopt.recipe import Recipe
+from prefopt.recipe import Recipe, ReferenceSection
 from prefopt.report.card import write_card
 from prefopt.report.plots import save_plots
-from prefopt.report.progress import show_progress
-from prefopt.report.results import MetricsFile, read_metrics, write_results
+from prefopt.report.progress import LastStep, show_progress
+from prefopt.report.results import METRICS_FILE, MetricsFile, read_metrics, write_results
 from prefopt.scratch import build_model, train_tokenizer
 from prefopt.trainer import PreferenceTrainer
+
+BAD_ROWS = ("on_bad_row", "max_bad_rows")
 
 
 @dataclass
@@ -102,13 +106,16 @@ def build_trainer(
     }
     args = recipe.training_arguments()
     if section.from_scratch is not None:
-        model = build_model(section.from_scratch, tokenizer, args.seed)
+        model = build_model(
+            section.from_scratch, tokenizer, args.seed, attn_implementation=section.attn_implementation
+        ).to(getattr(torch, "float32" if section.dtype == "auto" else section.dtype))
     else:
         model = load_model(
             str(section.model_name_or_path), dtype=section.dtype, revision=section.model_revision, **options
         )
     explicit = None
     if reference.model is not None:
+        _check_reference_tokens(reference, tokenizer)
         explicit = load_model(reference.model, dtype=section.dtype, revision=reference.revision, **options)
     trainer = PreferenceTrainer(
         model,
@@ -118,7 +125,7 @@ def build_trainer(
         train_dataset=data,
         eval_dataset=test,
         processing_class=tokenizer,
-        callbacks=[MetricsFile()],
+        callbacks=[MetricsFile(), LastStep()],
         peft_config=adapter_config(section),
     )
     show_progress(trainer)
@@ -128,16 +135,13 @@ def build_trainer(
 def open_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
     """The recipe's tokenizer: loaded, or trained on the training rows for a model from scratch."""
     section = recipe.model
+    tokenizer = _scratch_tokenizer(recipe)
     name = section.tokenizer_name_or_path or section.model_name_or_path
-    if name is None:
-        examples = load_examples(recipe.data_spec()).examples
-        vocab_size = (section.from_scratch or {}).get("vocab_size", 8192)
-        chat = any(isinstance(example.prompt, list) for example in examples)
-        return train_tokenizer(_texts(examples), vocab_size, chat=chat)
-    revision = section.model_revision if section.tokenizer_name_or_path is None else None
-    tokenizer = load_tokenizer(name, revision=revision, trust_remote_code=section.trust_remote_code)
+    if tokenizer is None:
+        revision = section.model_revision if section.tokenizer_name_or_path is None else None
+        tokenizer = load_tokenizer(str(name), revision=revision, trust_remote_code=section.trust_remote_code)
     if section.chat_template_path is not None:
-        tokenizer.chat_template = Path(section.chat_template_path).read_text(encoding="utf-8")
+        tokenizer.chat_template = _read_template(Path(section.chat_template_path))
     return tokenizer
 
 
@@ -161,10 +165,41 @@ def write_report(recipe: Recipe, objective: Objective, results: dict[str, Any]) 
     """Leave `results.json`, `plots/` and the model card in the run folder."""
     folder = Path(recipe.output_dir)
     write_results(folder, results)
-    save_plots(folder, read_metrics(folder / "metrics.jsonl"))
+    plots = save_plots(folder, read_metrics(folder / METRICS_FILE))
     docs = {loss.name: type(loss).__doc__ or "" for loss in objective.losses}
     write_card(folder, recipe.resolved(), base_model=recipe.model.model_name_or_path, loss_docs=docs)
-    say(f"report: {folder}/README.md, results.json, metrics.jsonl, plots/")
+    say(f"report: {folder}/README.md, results.json, metrics.jsonl" + (", plots/" if plots else ""))
+
+
+def _scratch_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase | None:
+    """A tokenizer trained on the training rows, for a model from scratch; None where the recipe names one."""
+    section = recipe.model
+    if section.from_scratch is None or section.tokenizer_name_or_path is not None:
+        return None
+    rules = {setting: recipe.training[setting] for setting in BAD_ROWS if setting in recipe.training}
+    examples = load_train_test(recipe.data_spec(), **rules)[0].examples
+    chat = any(isinstance(example.prompt, list) for example in examples)
+    return train_tokenizer(_texts(examples), section.from_scratch.get("vocab_size", 8192), chat=chat)
+
+
+def _read_template(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"chat_template_path: {file} cannot be read: {error}. Name a text file.") from error
+
+
+def _check_reference_tokens(reference: ReferenceSection, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuse a reference that reads other ids: its scores of the policy's tokens would mean nothing."""
+    try:
+        other = load_tokenizer(str(reference.model), revision=reference.revision)
+    except UserError:
+        return  # weights alone, or a name that is refused when they are loaded
+    if other.get_vocab() != tokenizer.get_vocab():
+        raise UserError(
+            f"reference.model: the tokenizer of `{reference.model}` is another than the policy's, so their "
+            "probabilities cannot be compared token by token. Use a reference of the same family."
+        )
 
 
 def _texts(examples: Sequence[Example]) -> Iterator[str]:

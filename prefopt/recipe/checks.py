@@ -78,6 +78,13 @@ def _check_model(draft: Draft, problems: Problems) -> None:
         for name in ("model_name_or_path", "model_revision", "load_in_8bit", "load_in_4bit"):
             if model.get(name):
                 problems.add(draft.place(name), name, "contradicts from_scratch. Keep one of the two.")
+        if (
+            model.get("use_peft")
+            and draft.procedure.get("name", "single") == "single"
+            and "start" not in draft.procedure
+        ):
+            reason = "an adapter alone would be kept, without the random weights it belongs to. Write procedure.start."
+            problems.add(draft.place("use_peft"), "use_peft", reason)
         try:
             scratch_config(scratch)
         except RecipeError as error:

@@ -72,6 +72,8 @@ class FrozenModel:
             self.model = prepare_fsdp(self.model, accelerator)
         else:
             self.model = accelerator.prepare_model(self.model, evaluation_mode=True)
+            # An evaluation before training prepares the policy too (for autocast), unless a model is listed already.
+            accelerator._models.remove(self.model)
         self.model.eval()
 
     def scores(self, policy: nn.Module, batch: dict[str, Any]) -> dict[str, Tensor]:

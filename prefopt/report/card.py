@@ -80,7 +80,7 @@ def model_card(
     docs = {name: (loss_docs or {}).get(name, "") for name in loss_names(recipe)}
     sections = [
         f"# {publishable(title)}",
-        _introduction(_shown(base), _datasets(recipe), docs, adapter),
+        _introduction(_start(base), _datasets(recipe), docs, adapter),
         _results_section(results),
         _curves_section(plots),
         _data_section(results.get("data", {})),
@@ -136,27 +136,30 @@ def _on_hub(name: str | None) -> bool:
     return bool(name) and _HUB_NAME.match(str(name)) is not None and not Path(str(name)).exists()
 
 
-def _shown(base: str | None) -> str:
+def _start(base: str | None) -> str:
     if not base:
-        return "a base model"
-    return f"[{base}](https://huggingface.co/{base})" if _on_hub(base) else f"`{publishable(base)}`"
+        return "from scratch"
+    return "from " + (f"[{base}](https://huggingface.co/{base})" if _on_hub(base) else f"`{publishable(base)}`")
 
 
 def _datasets(recipe: Mapping[str, Any]) -> list[str]:
-    """Data set names and files of a recipe, in its order."""
-    found: list[Any] = []
-    for key in ("dataset_name", "datasets", "data_files"):
-        value = recipe.get(key) or []
-        found += value if isinstance(value, list) else [value]
-    named = (item.get("path") or item.get("dataset_name") if isinstance(item, Mapping) else item for item in found)
-    return [str(name) for name in named if name]
+    """Data sets and files that a recipe trains on."""
+    parts = [recipe.get("dataset_name"), recipe.get("data_files")]
+    parts += [entry.get("path") or entry.get("data_files") for entry in recipe.get("datasets") or []]
+    return [name for part in parts for name in _names(part)]
 
 
-def _introduction(base: str, datasets: list[str], docs: Mapping[str, str], adapter: bool) -> str:
-    kind = "This adapter was trained on" if adapter else "This model was trained from"
+def _names(part: Any) -> list[str]:
+    """What a setting names to train on: one file or data set, a list of files, or the `train` of a block of files."""
+    named = part.get("train") if isinstance(part, Mapping) else part
+    return [named] if isinstance(named, str) else [str(name) for name in named or []]
+
+
+def _introduction(start: str, datasets: list[str], docs: Mapping[str, str], adapter: bool) -> str:
+    kind = "adapter" if adapter else "model"
     data = f" on the preferences in {', '.join(f'`{name}`' for name in datasets)}" if datasets else ""
     losses = " and ".join(f"`{name}`" for name in docs) or "a preference loss"
-    lines = [f"{kind} {base}{data}, with the loss {losses}, by `prefopt`."]
+    lines = [f"This {kind} was trained {start}{data}, with the loss {losses}, by `prefopt`."]
     lines += [f"- `{name}`: {_title(doc)}" for name, doc in docs.items() if doc.strip()]
     return "\n\n".join([lines[0], "\n".join(lines[1:])]).strip()
 

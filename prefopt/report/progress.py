@@ -2,10 +2,21 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from typing import Any
 
-from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerControl, TrainerState, TrainingArguments
+from tqdm.auto import tqdm
+from transformers import (
+    PrinterCallback,
+    ProgressCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+from transformers.trainer_utils import IntervalStrategy
 
 # Metric, how it is called on the screen, and its format.
 _SHOWN = (
@@ -37,10 +48,10 @@ class Progress(ProgressCallback):
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: Any
     ) -> None:
-        """Write the line above the bar."""
+        """Write the line above the bar; an evaluation after the last step has none."""
         line = log_line(logs or {}, state)
-        if line and state.is_world_process_zero and self.training_bar is not None:
-            self.training_bar.write(line)
+        if line and state.is_world_process_zero:
+            tqdm.write(line)
 
 
 class Lines(PrinterCallback):
@@ -55,8 +66,20 @@ class Lines(PrinterCallback):
             print(line, flush=True)
 
 
+class LastStep(TrainerCallback):
+    """Logs the last step too: the steps after the last full logging interval, or all of a short run, have figures."""
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> TrainerControl:
+        """Ask for a log at the end of the run."""
+        if args.logging_strategy != IntervalStrategy.NO and state.global_step >= state.max_steps:
+            control.should_log = True
+        return control
+
+
 def show_progress(trainer: Trainer) -> None:
-    """Put our lines in place of the stock output of a trainer."""
+    """Put our lines in place of the stock output of a trainer; without a terminal there is no bar to redraw."""
     for stock in (ProgressCallback, PrinterCallback):
         trainer.remove_callback(stock)
-    trainer.add_callback(Lines() if trainer.args.disable_tqdm else Progress())
+    trainer.add_callback(Lines() if trainer.args.disable_tqdm or not sys.stderr.isatty() else Progress())

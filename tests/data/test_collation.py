@@ -68,6 +68,7 @@ def test_the_rejected_answers_are_left_out_when_no_loss_reads_them():
     batch = Collator(all_completions=False)([pair(seed) for seed in range(3)])
     assert batch["input_ids"].shape[0] == batch["size"] == batch["desirable_size"] == 3
     assert len(batch["target"]) == batch["desirable_tokens"]
+    assert batch["tokens"] == sum(row_length(pair(seed), rejected=False) for seed in range(3))
 
 
 def test_single_completions_come_desirable_first_with_their_columns():

@@ -7,6 +7,7 @@ import random
 import pytest
 
 from prefopt.data.sampler import STRATEGIES, WindowSampler
+from prefopt.errors import DataError
 
 _RNG = random.Random(1)
 LENGTHS = [_RNG.randint(3, 90) for _ in range(53)]
@@ -67,6 +68,8 @@ def test_a_rank_may_be_empty_at_the_end():
 def test_drop_last_drops_the_short_step_only():
     kept = windows(4, 3, 1, strategy="random", drop_last=True)
     assert [len(window) for window in kept] == [12] * 4
+    with pytest.raises(DataError, match="11 rows do not fill one step of 12"):
+        windows(4, 3, 1, count=11, drop_last=True)
 
 
 def test_grouping_saves_padding_and_starts_with_the_longest():

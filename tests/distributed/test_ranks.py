@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -56,3 +57,10 @@ def test_a_resumed_run_ends_with_the_same_bits(tmp_path, two_ranks):
     for found in (resume(str(tmp_path), world=1), *(rank["resume"] for rank in two_ranks)):
         assert torch.equal(found["whole"], found["resumed"])
         assert found["tokens"][0] == found["tokens"][1]
+
+
+def test_all_ranks_stop_and_name_the_rows_of_the_one_that_failed(two_ranks):
+    first, second = (found["stop"] for found in two_ranks)
+    assert first == second
+    assert "step 1: the loss is not finite" in first
+    assert len(re.search(r"\[(.*)\]", first).group(1).split(",")) == 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ import torch
 from peft import LoraConfig
 from transformers import TrainerCallback
 
+from prefopt.errors import NonFiniteError
 from tests.helpers import text_pairs
 from tests.training import CentredLoss, make_trainer, weights
 
@@ -23,9 +25,10 @@ CASES: dict[str, dict[str, Any]] = {
     "thirteen_rows": {"rows": 13, "batch": 4, "accumulation": 2, "epochs": 2},
     "an_empty_rank_at_the_end": {"rows": 9, "batch": 8, "accumulation": 1, "epochs": 2},
     "adapter_and_checkpointing": {"rows": 13, "batch": 4, "accumulation": 2, "epochs": 2, "adapter": True},
-    "sft": {"rows": 13, "batch": 4, "accumulation": 1, "loss": "sft"},
+    "sft": {"rows": 13, "batch": 4, "accumulation": 1, "loss": "sft", "rate": 0.3},
     "step_estimate": {"rows": 9, "batch": 8, "accumulation": 1, "loss": CentredLoss()},
     "evaluation": {"rows": 4, "batch": 4, "accumulation": 1, "eval_rows": 7},
+    "evaluation_before_training": {"rows": 9, "batch": 4, "accumulation": 1, "eval_rows": 3, "evaluate_first": True},
     "evaluation_of_one_row": {"rows": 4, "batch": 4, "accumulation": 1, "eval_rows": 1},
 }
 
@@ -64,9 +67,12 @@ def run(case: dict[str, Any], folder: str, world: int) -> dict[str, Any]:
         per_device_eval_batch_size=2,
         gradient_accumulation_steps=case["accumulation"],
         num_train_epochs=case.get("epochs", 1),
+        learning_rate=case.get("rate", 1.0),
         activation_checkpointing=adapter,
     )
     visits.watch(trainer)
+    if case.get("evaluate_first"):
+        trainer.evaluate()
     trainer.train()
     evaluation = trainer.evaluate() if "eval_rows" in case else {}
     logs = [line for line in trainer.state.log_history if "loss" in line]
@@ -95,11 +101,24 @@ def resume(folder: str, world: int) -> dict[str, torch.Tensor]:
     return {"whole": weights(whole.model), "resumed": weights(again.model), "tokens": torch.tensor(tokens)}
 
 
+def stop(folder: str, world: int) -> str:
+    """The message of a step in which the micro-batch of one rank alone meets a bad number."""
+    trainer = make_trainer(folder, text_pairs(8, weight=1.0), per_device_train_batch_size=4 // world)
+    bad = max(range(8), key=lambda index: trainer.train_dataset.lengths[index])
+    trainer.train_dataset.rows[bad]["columns"]["weight"] = math.nan
+    try:
+        trainer.train()
+    except NonFiniteError as error:
+        return str(error)
+    return ""
+
+
 def main(folder: str) -> None:
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     torch.set_num_threads(1)
     found = {name: run(case, folder, world) for name, case in CASES.items()}
     found["resume"] = resume(f"{folder}/resume", world)
+    found["stop"] = stop(f"{folder}/stop", world)
     torch.save(found, Path(folder) / f"rank{rank}.pt")
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()

@@ -57,7 +57,31 @@ def test_a_stage_depends_on_the_ones_before_it(tmp_path):
         run_plan([log.stage("a", tmp_path / "other", {"n": 2}), log.stage("b", tmp_path / "b")])
 
 
-def test_checkpoints_of_something_else_are_not_taken_over(tmp_path):
-    (tmp_path / "checkpoint-5").mkdir()
-    with pytest.raises(UserError, match="Choose another output_dir"):
+@pytest.mark.parametrize("weights", ["checkpoint-5", "model.safetensors", "pytorch_model.bin"])
+def test_weights_of_something_else_are_not_written_over(weights, tmp_path):
+    (tmp_path / weights).mkdir()
+    with pytest.raises(UserError, match=r"did not make\. Choose another output_dir"):
         run_plan([Log().stage("a", tmp_path)])
+
+
+def test_a_stage_without_weights_gives_way_to_other_settings(tmp_path):
+    with pytest.raises(RuntimeError):
+        run_plan([Log().stage("a", tmp_path, {"n": 1}, fails=True)])
+    assert run_plan([Log().stage("a", tmp_path, {"n": 2})]) == "made a"
+
+
+def test_a_folder_that_cannot_be_made(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"file/run: cannot be written: .*Choose another output_dir"):
+        run_plan([Log().stage("a", tmp_path / "file" / "run")])
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(28, "No space left on device"), RuntimeError("PytorchStreamWriter failed writing file data/0")]
+)
+def test_a_full_disk_is_said_in_a_line(error, tmp_path):
+    def make() -> None:
+        raise error
+
+    with pytest.raises(UserError, match="the disk is full. Make room"):
+        run_plan([MakeStage("a", tmp_path, make, {})])
