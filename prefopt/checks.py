@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -47,7 +48,7 @@ def check_start(trainer: PreferenceTrainer, model: nn.Module) -> None:
 
 
 def check_rows(objective: Objective, data: Any, like: TokenDataset | None = None) -> Any:
-    """The data set (or dict of them, or None) as it came, after refusing what the loss cannot be trained on.
+    """The rows that the losses read of a data set (or a dict of them, or None), after refusing what they cannot use.
 
     Raises `DataError` for the wrong kind of rows, a missing column, a row the loss itself objects to, or rows unlike
     those of `like`, which the batches are laid out for.
@@ -59,22 +60,25 @@ def check_rows(objective: Objective, data: Any, like: TokenDataset | None = None
                 "two losses would not mean the same"
             )
         objective.check_rows(paired=data.paired, columns=data.columns)
-        _refuse_silence(objective, data)
         for row in data.rows:
             problem = objective.row_problem(row["columns"])
             if problem:
                 raise DataError(f"row {row['row']}: {problem}")
-    elif data is not None:
-        for part in data.values():
-            check_rows(objective, part, like)
-    return data
+        return _without_unread(objective, data)
+    return None if data is None else {name: check_rows(objective, part, like) for name, part in data.items()}
 
 
-def _refuse_silence(objective: Objective, data: TokenDataset) -> None:
-    """A mean over no answer would be logged as a loss of 0."""
-    silent = [loss.name for loss in objective.losses if loss.needs.completions == "desirable"]
-    if silent and not data.paired and not any(row["desirable"] for row in data.rows):
-        raise DataError(f"`{silent[0]}` reads desirable answers alone, and no row has one (`label` true)")
+def _without_unread(objective: Objective, data: TokenDataset) -> TokenDataset:
+    """Without the undesirable answers if no loss reads them: they would make steps that only momentum moves."""
+    if objective.all_completions or data.paired:
+        return data
+    rows = [row for row in data.rows if row["desirable"]]
+    if not rows:
+        raise DataError("the loss reads desirable answers alone, and no row has one (`label` true)")
+    if len(rows) == len(data):
+        return data
+    say(f"{len(data) - len(rows)} of {len(data)} rows are left out: no loss here reads undesirable answers")
+    return replace(data, rows=rows)
 
 
 def _kind(data: TokenDataset) -> str:
@@ -112,8 +116,7 @@ def _not_finite(step: int, norm: Any, window: Sequence[tuple[Tensor, Tensor]]) -
 
 def _small_batch(trainer: PreferenceTrainer) -> dict[str, Any]:
     dataset = trainer.train_dataset
-    scored = (i for i in range(len(dataset)) if trainer.objective.all_completions or dataset[i].get("desirable", True))
-    shortest = sorted(scored, key=lambda index: dataset.lengths[index])[:_ROWS]
+    shortest = sorted(range(len(dataset)), key=lambda index: dataset.lengths[index])[:_ROWS]
     return trainer._prepare_inputs(trainer.data_collator([dict(dataset[index]) for index in shortest]))
 
 

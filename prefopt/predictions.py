@@ -31,8 +31,7 @@ class Predictions:
             return
         values = (scores.log_ratio() if "ref_logp" in scores.statistics else scores.total("logp")).tolist()
         count = len(batch["row"])
-        # A loss that reads desirable answers alone leaves the rows of the others, which come last, without a score.
-        for index, row in enumerate(batch["row"][: len(values)].tolist()):
+        for index, row in enumerate(batch["row"].tolist()):
             desirable = batch["paired"] or index < batch["desirable_size"]
             self.lines.append((row, int(desirable), values[index::count]))
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from peft import PeftConfig
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback
-from transformers.trainer_utils import EvalLoopOutput, set_seed
+from transformers.trainer_utils import EvalLoopOutput, TrainOutput, set_seed
 
 from prefopt.checks import check_rows, check_start, check_step
 from prefopt.config import PreferenceConfig
@@ -32,6 +33,7 @@ from prefopt.metrics import MetricSums
 from prefopt.models import complete_tokenizer, open_model, open_reference, prepare_policy, tokenizer_of
 from prefopt.predictions import Predictions
 from prefopt.reference.live import evaluating, plan_of, plan_reference
+from prefopt.saving import checkpoint_to_resume, sealed_save
 from prefopt.scoring import TokenScores
 
 # Sums of the loss's terms travel with the evaluation metrics under this prefix.
@@ -96,7 +98,6 @@ class PreferenceTrainer(Trainer):
         self._estimates: dict[str, float] = {}
         self._window: list[tuple[Tensor, Tensor]] = []
         self._new_tokens = 0
-        self._body_parameters: int | None = None
         super().__init__(
             model=policy,
             args=args,
@@ -110,8 +111,6 @@ class PreferenceTrainer(Trainer):
         )
         refuse_parallelism(self.accelerator)
         self.reference.prepare(self.accelerator)
-
-    # ---- rows of a step -------------------------------------------------------------------------------------------
 
     def _get_dataloader(  # type: ignore[override]
         self,
@@ -178,15 +177,10 @@ class PreferenceTrainer(Trainer):
         counts = torch.tensor([self.objective.counts(sides_of(batch)) for batch in batches]).sum(0)
         return batches, self.accelerator.reduce(counts.to(device), reduction="sum")
 
-    # ---- scores, loss, metrics ------------------------------------------------------------------------------------
-
-    @property
-    def _statistics(self) -> tuple[str, ...]:
-        return tuple(dict.fromkeys(("logp", "entropy", *self.objective.statistics)))
-
     def score(self, model: nn.Module, batch: Batch) -> TokenScores:
         """Policy and reference scores of the tokens of a batch that is on the device."""
-        policy = model(**plan_of(batch), statistics=self._statistics)
+        statistics = dict.fromkeys(("logp", "entropy", *self.objective.statistics))
+        policy = model(**plan_of(batch), statistics=tuple(statistics))
         reference = self.reference.scores(model, batch)
         return TokenScores(batch["size"], batch["sequence"], **policy, **reference)
 
@@ -244,18 +238,25 @@ class PreferenceTrainer(Trainer):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         self._count_tokens()  # the count is part of the saved state
-        super()._save_checkpoint(model, trial)
+        with sealed_save(self, {"world_size": self.args.world_size}):
+            super()._save_checkpoint(model, trial)
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> TrainOutput:  # type: ignore[override]
+        """Train; `resume_from_checkpoint=True` goes on from the newest checkpoint that verifies, if there is one."""
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = checkpoint_to_resume(str(self.args.output_dir))
+        return super().train(resume_from_checkpoint, **kwargs)
 
     def _track_num_input_tokens(self, inputs: Batch) -> None:
         """Nothing: `get_batch_samples` counts them, whatever `include_num_input_tokens_seen` says."""
 
     def floating_point_ops(self, inputs: Batch) -> int:
         """Six flops a token and body parameter; the stock count walks the whole model at every micro-batch."""
-        if self._body_parameters is None:
-            self._body_parameters = self.model.num_parameters(exclude_embeddings=True)
         return 6 * inputs["tokens"] * self._body_parameters
 
-    # ---- evaluation -----------------------------------------------------------------------------------------------
+    @cached_property
+    def _body_parameters(self) -> int:
+        return int(self.model.num_parameters(exclude_embeddings=True))
 
     def prediction_step(
         self, model: nn.Module, inputs: Batch, prediction_loss_only: bool, ignore_keys: Any = None

@@ -30,6 +30,7 @@ FORBIDDEN = {
 ONLY = {
     "losses": ["prefopt.losses", "prefopt.scoring.scores", "prefopt.errors"],
     "errors.py": [],
+    "checkpoints.py": ["prefopt.errors"],
     "metrics.py": [],
     "data": ["prefopt.data", "prefopt.errors", "prefopt.config"],
 }

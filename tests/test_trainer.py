@@ -15,7 +15,7 @@ from prefopt.errors import DataError, UserError
 from prefopt.losses import make
 from prefopt.trainer import PreferenceTrainer
 from tests.helpers import WORDS, make_model, make_tokenizer, text_pairs
-from tests.training import make_trainer, trained, weights
+from tests.training import CentredLoss, make_trainer, trained, weights
 
 ADAM = {"optim": "adamw_torch", "learning_rate": 3e-3, "max_grad_norm": 1.0}
 
@@ -159,10 +159,12 @@ def test_compute_metrics_of_a_loss_that_reads_desirable_answers_alone(tmp_path):
 def test_a_loss_never_starts_without_an_answer_to_read(tmp_path):
     """The shortest rows, which the start is checked on, may all be undesirable; all rows may not."""
     short = [{**row, "completion": " a"} for row in answers([False] * 5)]
-    make_trainer(tmp_path, short + answers([True] * 3), loss="sft").train()
-    with pytest.raises(DataError, match="`sft` reads desirable answers alone"):
+    trainer = make_trainer(tmp_path, short + answers([True] * 3), loss="sft", per_device_train_batch_size=2)
+    trainer.train()
+    assert trainer.state.global_step == 2  # of the three that are read
+    with pytest.raises(DataError, match="reads desirable answers alone"):
         make_trainer(tmp_path, short, loss="sft")
-    with pytest.raises(DataError, match="`sft` reads desirable answers alone"):
+    with pytest.raises(DataError, match="reads desirable answers alone"):
         make_trainer(tmp_path, answers([True]), loss="sft", eval_rows=short)
 
 
@@ -270,3 +272,44 @@ def test_prepared_rows_are_taken_as_they_are(tmp_path):
     args = PreferenceConfig(output_dir=str(tmp_path))
     prepared = Preparation(make_tokenizer(), args, say=lambda *lines: None).one(text_pairs(3), "train")
     assert make_trainer(tmp_path, prepared).train_dataset is prepared
+
+
+def test_settings_that_act_on_rows_and_dropout(tmp_path):
+    def order(**settings):
+        trainer = make_trainer(tmp_path, text_pairs(12), per_device_train_batch_size=2, **settings)
+        return list(trainer.get_train_dataloader().batch_sampler)
+
+    assert order(seed=1, data_seed=5) == order(seed=2, data_seed=5) != order(seed=1)
+    rows = text_pairs(5, seed=3)
+    kept, whole = (
+        make_trainer(tmp_path, text_pairs(8), eval_rows=rows, dataloader_drop_last=drop, per_device_eval_batch_size=2)
+        for drop in (True, False)
+    )
+    assert kept.evaluate()["eval_loss"] == whole.evaluate()["eval_loss"]
+    for disable, left in ((True, 0.0), (False, 0.3)):
+        trainer = make_trainer(
+            tmp_path, rows, model=make_model(attention_dropout=0.3), loss="sft", disable_dropout=disable
+        )
+        assert {layer.self_attn.attention_dropout for layer in trainer.model.model.layers} == {left}
+
+
+def test_estimates_are_the_same_whatever_the_mode_the_batch_and_the_random_state(tmp_path):
+    """They stand for the step, so dropout must not move them, nor they the random state that a resumed run restores."""
+    rows = text_pairs(6)
+    peft_config = LoraConfig(r=4, target_modules=["q_proj"], lora_dropout=0.5, init_lora_weights=False)
+    trainer = make_trainer(tmp_path, rows, loss=CentredLoss(), eval_rows=rows, peft_config=peft_config)
+    loader = trainer.get_eval_dataloader()
+    trainer.model.train()
+    torch.manual_seed(3)
+    for parameter in trainer.model.parameters():
+        parameter.data += 0.05 * parameter.requires_grad * torch.randn_like(parameter)
+    before = torch.get_rng_state()
+    first, second = trainer._estimate(loader), trainer._estimate(loader)
+    assert first == second and first["0/mean"] != 0
+    assert torch.equal(torch.get_rng_state(), before)
+    assert trainer.model.training
+    figures = []
+    for batch in (1, 4):
+        trainer.args.per_device_eval_batch_size = batch
+        figures.append(trainer.evaluate()["eval_loss"])
+    assert figures[0] == pytest.approx(figures[1], rel=1e-5)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from prefopt.recipe import Recipe
 
 MARK = "stage.json"
+FULL = 2**20  # bytes free
 WEIGHTS = ("checkpoint-*", "*.safetensors", "pytorch_model*.bin")
 
 
@@ -74,11 +76,11 @@ def _loss_files(recipe: Recipe) -> list[Path]:
 
 @contextmanager
 def _disk_of(folder: Path) -> Iterator[None]:
-    """A full disk as a `UserError`; those who write weights say it in three ways."""
+    """A full disk as a `UserError`; not everyone who writes weights says why a write failed."""
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:
-        if not any(words in str(error) for words in ("No space left", "PytorchStreamWriter failed")):
+        if "No space left" not in str(error) and shutil.disk_usage(folder).free >= FULL:
             raise
         raise UserError(f"{folder}: the disk is full. Make room, and give the same command again to go on.") from error
 

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from transformers import PreTrainedTokenizerBase
-from transformers.trainer_utils import get_last_checkpoint
 
 from prefopt.checks import check_rows
 from prefopt.console import say
@@ -211,16 +210,10 @@ def _texts(examples: Sequence[Example]) -> Iterator[str]:
             yield from (message["content"] or "" for message in part or [] if isinstance(message, dict))
 
 
-def _checkpoint(recipe: Recipe) -> str | None:
-    """The checkpoint to go on from: the one named, else the newest in the run folder, else none."""
+def _checkpoint(recipe: Recipe) -> str | bool:
+    """The checkpoint to go on from: the one named, else the newest whole one in the run folder."""
     named = recipe.training.get("resume_from_checkpoint")
-    if named:
-        return str(named)
-    folder = Path(recipe.output_dir)
-    found = get_last_checkpoint(str(folder)) if folder.is_dir() else None
-    if found:
-        say(f"resume: going on from {found}")
-    return found
+    return str(named) if named else True
 
 
 def _fresh_evaluation(trainer: PreferenceTrainer) -> dict[str, float]:

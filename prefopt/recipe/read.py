@@ -51,7 +51,7 @@ def read(tree: Block, source: str, problems: Problems) -> Draft:
     draft.training = _training(entries, problems)
     draft.losses = read_losses(entries, problems)
     if "loss_weights" in entries:
-        draft.loss_weights = read_value("loss_weights", entries["loss_weights"], list[float], problems)
+        draft.loss_weights = read_value("loss_weights", entries["loss_weights"], list[float] | None, problems)
         _check_training("loss_weights", draft.loss_weights, entries["loss_weights"], problems)
     draft.reference = _reference(entries, problems)
     draft.procedure = _procedure(entries, problems)

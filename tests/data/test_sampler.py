@@ -65,6 +65,19 @@ def test_a_rank_may_be_empty_at_the_end():
     assert [len(batch) for batch in batches] == [4, 0]
 
 
+def test_ranks_share_a_short_step_evenly():
+    for rank in range(2):
+        sampler = WindowSampler(LENGTHS[:10], batch_size=4, world_size=2, rank=rank, strategy="sequential")
+        assert [len(batch) for batch in sampler] == [4, 1]
+
+
+def test_grouped_steps_come_in_random_order():
+    """After the longest one; from long to short would be a curriculum."""
+    sampler = WindowSampler(LENGTHS, batch_size=4, strategy="group_by_length")
+    longest = [max(LENGTHS[row] for row in batch) for batch in sampler][1:]
+    assert longest != sorted(longest, reverse=True) and longest != sorted(longest)
+
+
 def test_drop_last_drops_the_short_step_only():
     kept = windows(4, 3, 1, strategy="random", drop_last=True)
     assert [len(window) for window in kept] == [12] * 4

@@ -49,7 +49,7 @@ def test_logged_figures_are_those_of_one_rank(tmp_path, two_ranks, name):
             assert ours[key] == pytest.approx(theirs[key], rel=1e-4, abs=1e-6), key
     figures = {key for key in one["evaluation"] if "/" in key or key.endswith(("loss", "entropy"))}
     for key in figures:
-        assert two_ranks[1][name]["evaluation"][key] == pytest.approx(one["evaluation"][key], rel=1e-5, abs=1e-6), key
+        assert two_ranks[1][name]["evaluation"][key] == pytest.approx(one["evaluation"][key], rel=1e-5, abs=5e-6), key
 
 
 def test_a_resumed_run_ends_with_the_same_bits(tmp_path, two_ranks):

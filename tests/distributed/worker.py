@@ -92,6 +92,7 @@ def resume(folder: str, world: int) -> dict[str, torch.Tensor]:
         "lr_scheduler_type": "linear",
         "save_strategy": "steps",
         "save_steps": 6,
+        "logging_steps": 4,  # so that tokens are counted between two lines of the log
     }
     whole = make_trainer(folder, text_pairs(13), **settings)
     whole.train()

@@ -74,6 +74,13 @@ def test_evaluation_is_the_plain_mean_over_rows(tmp_path, count):
         assert [figure[name] for figure in figures] == pytest.approx([mean] * 4, abs=2e-6, rel=1e-6)
 
 
+def test_a_mixture_is_evaluated_with_its_weights(tmp_path):
+    rows = text_pairs(5, seed=5)
+    figures = make_trainer(tmp_path, text_pairs(2), loss=LOSSES["mixture"], eval_rows=rows).evaluate()
+    parts = [make_trainer(tmp_path, text_pairs(2), loss=name, eval_rows=rows).evaluate() for name in ("dpo", "sft")]
+    assert figures["eval_loss"] == pytest.approx(parts[0]["eval_loss"] + 0.3 * parts[1]["eval_loss"], rel=1e-6)
+
+
 def test_logged_metrics_are_means_over_the_rows_of_the_step(tmp_path):
     logs = []
     for way in SPLITS:

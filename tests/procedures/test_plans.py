@@ -71,3 +71,11 @@ def test_mistakes_are_refused_before_anything_runs(tmp_path, block, message):
 
 def test_known_procedures():
     assert procedures() == ["single", "small_world"]
+
+
+def test_an_adapter_on_random_weights_needs_a_start(tmp_path):
+    """Without one, the weights the adapter belongs to are nowhere."""
+    with pytest.raises(RecipeError, match=r"use_peft: an adapter alone would be kept.*procedure\.start"):
+        plan(tmp_path, "use_peft: true\n")
+    _, main = plan(tmp_path, "use_peft: true\nprocedure: {start: {}}\n")
+    assert main.recipe.model.use_peft

@@ -40,6 +40,19 @@ def test_the_header_is_what_the_hub_reads():
     assert data.license == "apache-2.0"
 
 
+@pytest.mark.parametrize(
+    ("data", "shown"),
+    [
+        ({"data_files": "pairs.jsonl"}, "`pairs.jsonl`"),
+        ({"data_files": {"train": ["a.jsonl", "b.jsonl"], "test": "held.jsonl"}}, "`a.jsonl`, `b.jsonl`"),
+        ({"datasets": [{"path": "org/set"}, {"data_files": "mine.jsonl", "fraction": 0.5}]}, "`org/set`, `mine.jsonl`"),
+    ],
+)
+def test_the_first_sentence_names_start_and_training_data(data, shown):
+    text = model_card({"loss": {"name": "dpo"}, **data}, {})
+    assert f"This model was trained from scratch on the preferences in {shown}, with the loss `dpo`" in text
+
+
 def test_an_adapter_says_so():
     assert ModelCard(model_card(RECIPE, RESULTS, adapter=True)).data.library_name == "peft"
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from transformers import TrainerState
+import pytest
+from transformers import TrainerControl, TrainerState, TrainingArguments
 
-from prefopt.report.progress import log_line
+from prefopt.report.progress import LastStep, log_line
 
 
 def state() -> TrainerState:
@@ -23,3 +24,10 @@ def test_training_and_evaluation_lines():
 
 def test_the_closing_summary_is_left_to_the_report():
     assert log_line({"train_loss": 0.5, "train_runtime": 3.0}, state()) == ""
+
+
+@pytest.mark.parametrize(("strategy", "step", "logs"), [("steps", 9, False), ("steps", 10, True), ("no", 10, False)])
+def test_the_last_step_is_logged_unless_nothing_is(strategy, step, logs, tmp_path):
+    args = TrainingArguments(output_dir=str(tmp_path), logging_strategy=strategy)
+    control = LastStep().on_step_end(args, TrainerState(global_step=step, max_steps=10), TrainerControl())
+    assert control.should_log is logs
