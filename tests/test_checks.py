@@ -28,7 +28,7 @@ def build(tmp_path, tokenizer):
         args = PreferenceConfig(
             output_dir=str(tmp_path / "out"), per_device_train_batch_size=2, max_steps=STEPS, learning_rate=0.01,
             logging_steps=1, save_steps=1, train_sampling_strategy="sequential", report_to="none", use_cpu=True,
-            bf16=False, disable_tqdm=True, **settings,
+            disable_tqdm=True, **{"bf16": False, **settings},
         )  # fmt: skip
         data = helpers.text_pairs(12) if rows is None else rows
         return PreferenceTrainer(model, args=args, train_dataset=data, processing_class=tokenizer, callbacks=callbacks)
@@ -95,6 +95,15 @@ def cohere(tokenizer):
     for parameter in model.parameters():
         parameter.data *= 3
     return model
+
+
+def test_the_bound_on_margins_knows_the_precision(build, model, capsys):
+    bounds = []
+    for settings in ({}, {"bf16": True}):
+        trainer = build(model, **settings)
+        check_start(trainer, trainer.model)
+        bounds.append(float(re.search(r"rounding bound (\S+)\)", capsys.readouterr().out).group(1)))
+    assert bounds[1] / bounds[0] == pytest.approx(2**16, rel=0.1)  # of 23 bits after the point, bfloat16 keeps 7
 
 
 def test_scores_that_forget_a_scale_are_refused(build, tokenizer, monkeypatch):

@@ -13,6 +13,8 @@ from prefopt.config import PreferenceConfig
 from prefopt.data.prepare import Preparation
 from prefopt.errors import DataError, UserError
 from prefopt.losses import make
+from prefopt.predictions import Predictions
+from prefopt.scoring import TokenScores
 from prefopt.trainer import PreferenceTrainer
 from tests.helpers import WORDS, make_model, make_tokenizer, text_pairs
 from tests.training import CentredLoss, make_trainer, trained, weights
@@ -128,6 +130,15 @@ def test_compute_metrics_sees_each_row_once_in_order(tmp_path):
     assert seen[0].predictions.shape == (7, 2)
     single = [stock.evaluate([row])["eval_logratios/chosen"] for row in rows]
     np.testing.assert_allclose(seen[0].predictions[:, 0], single, atol=1e-5)
+    trainer.evaluate()
+    assert seen[1].predictions.shape == (7, 2)  # nothing is left from the first time
+
+
+def test_labels_of_single_answers_follow_their_rows():
+    predictions = Predictions(lambda prediction: {"labels": prediction.label_ids.tolist()})
+    batch = {"row": torch.tensor([4, 1, 2]), "paired": False, "desirable_size": 1}
+    predictions.add(batch, TokenScores(3, torch.arange(3), logp=-torch.ones(3)))
+    assert predictions.metrics("eval") == {"labels": [0, 0, 1]}
 
 
 def answers(labels: list[bool], **more: str) -> list[dict[str, object]]:
@@ -261,6 +272,8 @@ def test_evaluation_rows_must_be_like_the_training_rows(tmp_path):
     soft = [{**row, "preference": 0.8} for row in text_pairs(2)]
     with pytest.raises(DataError, match="same columns"):
         make_trainer(tmp_path, text_pairs(2), eval_rows=soft)
+    with pytest.raises(DataError, match="evaluation rows are single answers, training rows pairs"):
+        make_trainer(tmp_path, text_pairs(2), loss="sft", eval_rows=answers([True]))
 
 
 def test_no_rows_at_all(tmp_path):
