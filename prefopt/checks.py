@@ -109,7 +109,7 @@ def _not_finite(step: int, norm: Any, window: Sequence[tuple[Tensor, Tensor]]) -
     what = "loss" if bad else f"gradient (norm {float(norm) if norm is not None else 'unknown'})"
     return NonFiniteError(
         f"step {step}: the {what} is not finite. The optimizer has not moved, and nothing was saved after it. Rows of "
-        f"the step (position in the training source): {rows}. Look at these rows; a lower learning_rate, a lower "
+        f"the step (position in the training data): {rows}. Look at these rows; a lower learning_rate, a lower "
         "max_grad_norm or float32 may help."
     )
 

@@ -68,7 +68,7 @@ def evaluate_model(
         _add(sums, batch, scores)
     _stop_if_any(not_finite, accelerator)
     figures = sums.reduce_figures(accelerator)
-    metrics = {name: {"value": figure.value, "count": int(figure.count or 0)} for name, figure in figures.items()}
+    metrics = {name: {"value": figure.value, "count": int(figure.count)} for name, figure in figures.items()}
     return {"rows": len(rows), "paired": paired, "metrics": metrics}
 
 

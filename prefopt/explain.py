@@ -19,6 +19,7 @@ from prefopt.data.tokenization import TokenSettings, tokenize_examples
 from prefopt.errors import UserError
 from prefopt.losses.pages import needs_summary
 from prefopt.models import adapter_config
+from prefopt.procedures import Stage, TrainStage, make_plan
 from prefopt.recipe import ModelSection, Recipe
 from prefopt.recipe.checks import scratch_config
 from prefopt.recipe.write import to_yaml
@@ -68,11 +69,26 @@ def explain(recipe: Recipe, *, world_size: int | None = None) -> str:
     sections = {
         f"Recipe {recipe.name}, with its defaults": to_yaml(settings).rstrip(),
         "Losses": "\n".join(f"{loss.name}: {needs_summary(loss.needs)}" for loss in recipe.objective().losses),
+        **_stages(recipe),
         "Rows and steps": _steps(settings, rows, devices),
         "Reference": reference_plan(recipe),
         "Memory of one device, nothing sharded (estimate)": _memory(recipe, settings, rows),
     }
     return "\n\n".join(f"{title}\n{'-' * len(title)}\n{text}" for title, text in sections.items()) + "\n"
+
+
+def _stages(recipe: Recipe) -> dict[str, str]:
+    """The stages of a run that has several; what follows them on the page is about the last that trains."""
+    plan = make_plan(recipe)
+    lines = [f"{number}. {stage.name}{_training(stage)}: {stage.folder}" for number, stage in enumerate(plan, start=1)]
+    return {"Stages": "\n".join(lines)} if len(lines) > 1 else {}
+
+
+def _training(stage: Stage) -> str:
+    if not isinstance(stage, TrainStage):
+        return ""
+    epochs = stage.recipe.resolved()["num_train_epochs"]
+    return f" ({' + '.join(loss.name for loss in stage.recipe.loss)}, epochs: {epochs:g})"
 
 
 def reference_plan(recipe: Recipe) -> str:

@@ -23,22 +23,22 @@ Number = Tensor | float
 
 @dataclass(frozen=True)
 class Figure:
-    """A metric's value, and the number of values it is the mean of (None for a total)."""
+    """A metric's value, and the number of values it is the mean of."""
 
     value: float
-    count: float | None
+    count: float
 
 
 class MetricSums:
     """Running sums of metrics between two logging events.
 
-    Sums stay on the device in float64 and nothing here waits for it before `reduce` or `peek`. A NaN stays a NaN:
+    Sums stay on the device in float64 and nothing here waits for it before `reduce`. A NaN stays a NaN:
     one bad row makes its metric NaN for all to see, instead of being left out of the mean.
     """
 
     def __init__(self) -> None:
         self._sums: dict[str, Number] = {}
-        self._counts: dict[str, Number] = {}  # a name without a count is a total
+        self._counts: dict[str, Number] = {}
 
     def add(self, metrics: Mapping[str, Tensor]) -> None:
         """Add one value per row (or pair, or token): each tensor is `[n]`, any `n`, any dtype.
@@ -52,21 +52,10 @@ class MetricSums:
 
     def add_sum(self, name: str, total: Number, count: Number) -> None:
         """Add the sum of `count` values at once; `count` may be a sum of weights."""
-        if name in self._sums and name not in self._counts:
-            raise ValueError(f"metric {name!r} is a total already and cannot be a mean as well")
-        self._accumulate(name, total)
+        if isinstance(total, Tensor):
+            total = total.detach().to(_precision(total.device))
+        self._sums[name] = self._sums[name] + total if name in self._sums else total
         self._counts[name] = self._counts.get(name, 0) + count
-
-    def add_total(self, name: str, value: Number) -> None:
-        """Add to a metric that is reported as a sum over batches and ranks, such as a number of tokens."""
-        if name in self._counts:
-            raise ValueError(f"metric {name!r} is a mean already and cannot be a total as well")
-        self._accumulate(name, value)
-
-    def peek(self) -> dict[str, float]:
-        """This rank's figures so far; keeps them, and talks to no other rank."""
-        names = self._names()
-        return {name: figure.value for name, figure in _divide(names, self._as_tensor(names, None)).items()}
 
     def reduce(self, accelerator: Accelerator | None = None) -> dict[str, float]:
         """The value of every metric over all ranks; see `reduce_figures`."""
@@ -78,7 +67,7 @@ class MetricSums:
         Every rank must call this, also one that has added nothing: the ranks first agree on the names. A mean over
         no rows at all is left out.
         """
-        names = self._names()
+        names = sorted(self._sums)
         if accelerator is None or accelerator.num_processes == 1:
             numbers = self._as_tensor(names, None)
         else:
@@ -92,22 +81,13 @@ class MetricSums:
         self._sums.clear()
         self._counts.clear()
 
-    def _accumulate(self, name: str, value: Number) -> None:
-        if isinstance(value, Tensor):
-            value = value.detach().to(_precision(value.device))
-        self._sums[name] = self._sums[name] + value if name in self._sums else value
-
-    def _names(self) -> list[tuple[str, bool]]:
-        """Name, and whether it is a mean, in an order all ranks share."""
-        return sorted((name, name in self._counts) for name in self._sums)
-
-    def _as_tensor(self, names: list[tuple[str, bool]], device: torch.device | None) -> Tensor:
+    def _as_tensor(self, names: list[str], device: torch.device | None) -> Tensor:
         """Sums, then counts, of the names in their order: `[2K]`; zeros for a name this rank does not know."""
         if device is None:
             tensors = (value for value in self._sums.values() if isinstance(value, Tensor))
             device = next((value.device for value in tensors), torch.device("cpu"))
         precision = _precision(device)
-        numbers = [self._sums.get(name, 0.0) for name, _ in names] + [self._counts.get(name, 0) for name, _ in names]
+        numbers = [self._sums.get(name, 0.0) for name in names] + [self._counts.get(name, 0) for name in names]
         scalars = [torch.as_tensor(number, dtype=precision, device=device) for number in numbers]
         return torch.stack(scalars) if scalars else torch.zeros(0, dtype=precision, device=device)
 
@@ -117,12 +97,7 @@ def _precision(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "mps" else torch.float64
 
 
-def _divide(names: list[tuple[str, bool]], numbers: Tensor) -> dict[str, Figure]:
+def _divide(names: list[str], numbers: Tensor) -> dict[str, Figure]:
     values = numbers.tolist()
-    figures: dict[str, Figure] = {}
-    for (name, is_mean), total, count in zip(names, values[: len(names)], values[len(names) :], strict=True):
-        if not is_mean:
-            figures[name] = Figure(total, None)
-        elif count:
-            figures[name] = Figure(total / count, count)
-    return figures
+    parts = zip(names, values[: len(names)], values[len(names) :], strict=True)
+    return {name: Figure(total / count, count) for name, total, count in parts if count}

@@ -141,6 +141,10 @@ def prepare_policy(
             "`peft_config` was given for a model that already has an adapter: merge it first, or leave it out"
         )
     refuse_unsupported(model)
+    if getattr(model.config, "output_router_logits", False):
+        raise UserError(
+            "the model asks for its router loss (`output_router_logits`), which is not added here: set it to false"
+        )
     enable_scoring(model)
     if disable_dropout:
         silence_dropout(model)

@@ -43,13 +43,11 @@ def test_low_precision_values_are_summed_in_float64():
     assert sums.reduce() == {"ones": 1.0}
 
 
-def test_a_sum_with_its_count_and_a_total():
+def test_a_sum_with_its_count():
     sums = MetricSums()
     for tokens in (3, 5):
         sums.add_sum("entropy", torch.tensor(2.0 * tokens), tokens)
-        sums.add_total("num_tokens", tokens)
-    assert sums.peek() == {"entropy": 2.0, "num_tokens": 8.0}
-    assert sums.reduce_figures() == {"entropy": Figure(2.0, 8.0), "num_tokens": Figure(8.0, None)}
+    assert sums.reduce_figures() == {"entropy": Figure(2.0, 8.0)}
 
 
 def test_nan_is_not_averaged_away():
@@ -68,27 +66,16 @@ def test_nothing_added_means_no_name():
     assert sums.reduce() == {}
 
 
-def test_reduce_starts_anew_and_peek_does_not():
+def test_reduce_starts_anew():
     sums = MetricSums()
     sums.add({"a": torch.tensor([1.0, 2.0])})
-    assert sums.peek() == {"a": 1.5}
     assert sums.reduce() == {"a": 1.5}
-    assert sums.peek() == {}
+    assert sums.reduce() == {}
 
 
 def test_a_batch_mean_is_refused():
     with pytest.raises(ValueError, match="one value per row"):
         MetricSums().add({"loss": torch.tensor(1.0)})
-
-
-def test_a_name_is_a_mean_or_a_total_not_both():
-    sums = MetricSums()
-    sums.add_total("tokens", 1)
-    with pytest.raises(ValueError, match="'tokens'"):
-        sums.add({"tokens": torch.ones(1)})
-    sums.add({"mean": torch.ones(1)})
-    with pytest.raises(ValueError, match="'mean'"):
-        sums.add_total("mean", 1)
 
 
 def test_no_gradient_is_kept():
@@ -119,7 +106,6 @@ def reduce_on_rank(rank: int, port: int, folder: str) -> None:
             sums.add({"value": rows[part]})
         if rank == 1:
             sums.add({"only/second": torch.full((3,), float(case))})
-        sums.add_total("rows", len(rows))
         results.append(sums.reduce(accelerator))
     results.append(sums.reduce(accelerator))
     torch.save(results, Path(folder) / f"{rank}.pt")
@@ -137,7 +123,6 @@ def test_two_ranks_agree_with_the_plain_mean_even_with_different_names(tmp_path)
     for case, figures in zip((1, 2, 7, 13), first, strict=True):
         assert figures["value"] == pytest.approx(rows_of(case).mean().item(), abs=1e-12)
         assert figures["only/second"] == case
-        assert figures["rows"] == case
 
 
 def test_a_random_order_of_batches_changes_nothing():

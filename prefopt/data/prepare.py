@@ -119,4 +119,12 @@ class Preparation:
         optional = (*self.optional_columns, WEIGHT)
         tokens = tokenize_examples(examples, self.tokenizer, settings, self.columns, optional)
         self.say(*(f"{title}: {line}" for line in (*report.lines(), *tokens.report.lines())))
+        _number(tokens.rows)
         return TokenDataset(tokens.rows, {"data": report.as_dict(), "tokens": tokens.report.as_dict()})
+
+
+def _number(rows: Sequence[dict[str, Any]]) -> None:
+    """Where rows of several sources share their numbers, count them through, so that each has its own."""
+    if len({row["row"] for row in rows}) < len(rows):
+        for index, row in enumerate(rows):
+            row["row"] = index

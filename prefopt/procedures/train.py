@@ -60,8 +60,8 @@ def train(recipe: Recipe) -> dict[str, Any]:
         tokenizer = open_tokenizer(recipe)
         preparation = Preparation.for_objective(tokenizer, args, objective, say=say)
         data, test = preparation.train_and_test(recipe.data_spec())
-        check_rows(objective, data)
-        check_rows(objective, test, like=data)
+        data = check_rows(objective, data)
+        test = check_rows(objective, test, like=data)
     with phases.phase("model"):
         trainer = build_trainer(recipe, objective, tokenizer, data, test)
     if PartialState().is_main_process:
@@ -112,6 +112,7 @@ def build_trainer(
         model = load_model(
             str(section.model_name_or_path), dtype=section.dtype, revision=section.model_revision, **options
         )
+    _check_positions(model, data)
     explicit = None
     if reference.model is not None:
         _check_reference_tokens(reference, tokenizer)
@@ -186,6 +187,17 @@ def _read_template(file: Path) -> str:
         return file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"chat_template_path: {file} cannot be read: {error}. Name a text file.") from error
+
+
+def _check_positions(model: Any, data: TokenDataset) -> None:
+    """Refuse rows that reach beyond the model's positions: it fails on them, or reads what it never learnt to."""
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    longest = data.reports["tokens"]["lengths"]["row"]["max"]
+    if positions is not None and longest > positions:
+        raise UserError(
+            f"max_length: the longest row has {longest} tokens, and the model has {positions} positions. "
+            f"Write max_length: {positions}."
+        )
 
 
 def _check_reference_tokens(reference: ReferenceSection, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -16,7 +16,7 @@ from prefopt.recipe.loss_block import knob_names, misplaced_knob, read_losses
 from prefopt.recipe.problems import Place, Problems
 from prefopt.recipe.renamed import RENAMED, RETIRED, loss_type_remedy, remedy
 from prefopt.recipe.sections import DataSection, DatasetEntry, LossSpec, ModelSection, ReferenceSection
-from prefopt.recipe.tree import Block, Items, Node, Text
+from prefopt.recipe.tree import NULLS, Block, Items, Node, Text
 
 BLOCKS = ("loss", "loss_weights", "reference", "procedure")
 
@@ -54,7 +54,7 @@ def read(tree: Block, source: str, problems: Problems) -> Draft:
         draft.loss_weights = read_value("loss_weights", entries["loss_weights"], list[float] | None, problems)
         _check_training("loss_weights", draft.loss_weights, entries["loss_weights"], problems)
     draft.reference = _reference(entries, problems)
-    draft.procedure = _procedure(entries, problems)
+    draft.procedure = _procedure(entries, source, problems)
     for name, node in entries.items():
         if name not in known_names():
             problems.add(node.place, name, _unknown(name, node, entries))
@@ -123,7 +123,7 @@ def _reference(entries: Mapping[str, Node], problems: Problems) -> dict[str, Any
     return read_section(ReferenceSection, node.entries, problems, inside="reference")
 
 
-def _procedure(entries: Mapping[str, Node], problems: Problems) -> dict[str, Any]:
+def _procedure(entries: Mapping[str, Node], source: str, problems: Problems) -> dict[str, Any]:
     """The block as plain values; the plan of that name checks them, since it alone knows what it reads."""
     node = entries.get("procedure")
     if node is None:
@@ -131,7 +131,23 @@ def _procedure(entries: Mapping[str, Node], problems: Problems) -> dict[str, Any
     if not isinstance(node, Block):
         problems.add(node.place, "procedure", "expected a block. Write procedure: {name: ...}.")
         return {}
+    if "start" in node.entries:
+        _check_start(node.entries["start"], source, problems)
     return read_value("procedure", node, dict[str, Any], problems) or {}
+
+
+def _check_start(node: Node, source: str, problems: Problems) -> None:
+    """The settings of a supervised start are those of a recipe: read here, their mistakes are named with their line."""
+    if isinstance(node, Text) and not node.quoted and node.text in NULLS:
+        return
+    if not isinstance(node, Block):
+        problems.add(node.place, "procedure.start", "expected a block of settings. Write start: {learning_rate: 2e-5}.")
+        return
+    for name in ("output_dir", "procedure"):
+        if name in node.entries:
+            reason = "the start has a folder of its own and no stages before it. Remove this line."
+            problems.add(node.entries[name].place, f"procedure.start.{name}", reason)
+    read(node, source, problems)
 
 
 def _unknown(name: str, node: Node, entries: Mapping[str, Node]) -> str:

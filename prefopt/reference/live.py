@@ -118,7 +118,6 @@ def plan_reference(
     *,
     fresh_adapter: bool,
     explicit: nn.Module | None = None,
-    explicit_name: str = "the model given",
 ) -> Reference:
     """Choose the source for a loss that needs `none` or `logp`, before training moves the policy.
 
@@ -132,10 +131,12 @@ def plan_reference(
         return NoReference()
     if explicit is not None:
         _check_explicit(explicit, policy)
-        return FrozenModel(explicit, is_start=False, summary=f"live: {explicit_name}")
+        return FrozenModel(explicit, is_start=False, summary="live: the model given")
     if isinstance(policy, PeftModel) and not _trains_its_base(policy):
         adds_nothing = fresh_adapter and _starts_at_zero(policy)
         return AdapterOff(None if adds_nothing else _copy_adapter(policy))
+    if any(hasattr(parameter, "ds_id") for parameter in policy.parameters()):
+        raise UserError("ZeRO-3 holds the policy in pieces, which cannot be copied: name its path as `reference.model`")
     return FrozenModel(copy.deepcopy(policy), is_start=True, summary="live: a frozen copy of the starting policy")
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from transformers import AutoModelForCausalLM
 
+from prefopt.errors import RecipeError
 from prefopt.explain import Sizes, count_rows, explain, measure_model, memory_parts, reference_plan
 from prefopt.models import adapter_config
 from prefopt.recipe import Recipe, load_recipe
@@ -117,3 +118,12 @@ def test_memory(load):
         memory_parts(Sizes(1000, 1000, 4, 2, 32), {**settings, "optim": "sgd"}, 10, second_model=False)["optimizer"]
         == 0
     )
+
+
+def test_the_stages_of_a_run_are_listed(load):
+    assert "Stages" not in explain(load())
+    text = explain(load("--procedure.start.num_train_epochs", "2", "--output_dir", "runs/x"))
+    assert line(text, "1. ") == "1. start (sft, epochs: 2): runs/x/start"
+    assert line(text, "2. ") == "2. train (dpo, epochs: 3): runs/x"
+    with pytest.raises(RecipeError, match=r"procedure\.strat: not read"):
+        explain(load("--procedure.strat", "2"))

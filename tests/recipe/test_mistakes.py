@@ -125,6 +125,8 @@ def test_loss_block(refused, line, part):
         ("datasets: [{path: a, fraction: 2}]", "datasets.0.fraction: must be above 0 and at most 1, not 2."),
         ("datasets: [{name: a}]", "datasets.0: `path` is missing"),
         ("datasets: a", "expected a list"),
+        ("data_files: a\nprocedure: {start: 5}", "procedure.start: expected a block of settings"),
+        ("data_files: a\nprocedure: {start: {output_dir: b}}", "procedure.start.output_dir: the start has a folder"),
         ("data_files: a\nmax_bad_rows: 3", "Write on_bad_row: skip"),
         ("data_files: a\ncolumn_names: [prompt]", "expected a block of `name: value` or null, got a list"),
     ],
@@ -136,6 +138,10 @@ def test_data(refused, lines, part):
 @pytest.mark.parametrize(
     ("lines", "part"),
     [
+        (
+            "model_name_or_path: a\nprocedure:\n  start:\n    epochs: 3",
+            "recipe.yaml:4: epochs: there is no such setting",
+        ),
         ("from_scratch: {hidden_size: 3}", "`model_type` is missing"),
         ("from_scratch: {model_type: lama}", "Did you mean `llama`?"),
         ("from_scratch: {model_type: llama, hidden_size: big}", "transformers refuses these fields"),
