@@ -115,7 +115,7 @@ REFERENCE_SOURCES = ("auto", "live", "none")
 
 FIXED: dict[str, tuple[object, str]] = {
     "average_tokens_across_devices": (True, "every step is divided by the counts of all ranks. Remove this line"),
-    "label_smoothing_factor": (0, "it has no effect on a preference loss. Use the loss cdpo or rdpo instead"),
+    "label_smoothing_factor": (0, "it has no effect on a preference loss. Remove this line"),
     "remove_unused_columns": (False, "rows carry columns that no model reads. Remove this line"),
 }
 

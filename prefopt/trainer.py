@@ -244,7 +244,9 @@ class PreferenceTrainer(Trainer):
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> TrainOutput:  # type: ignore[override]
         """Train; `resume_from_checkpoint=True` goes on from the newest checkpoint that verifies, if there is one."""
         if resume_from_checkpoint is True:
-            resume_from_checkpoint = checkpoint_to_resume(str(self.args.output_dir))
+            # Without its optimizer a checkpoint is a model, not a place to go on from.
+            whole = not self.args.save_only_model
+            resume_from_checkpoint = checkpoint_to_resume(str(self.args.output_dir)) if whole else None
         return super().train(resume_from_checkpoint, **kwargs)
 
     def _track_num_input_tokens(self, inputs: Batch) -> None:

@@ -62,3 +62,9 @@ def test_a_checkpoint_that_was_never_sealed_is_not_resumed(tmp_path, capsys):
 
 def test_nothing_to_resume_is_a_fresh_start(tmp_path):
     assert run(tmp_path, save_strategy="no").state.global_step == 6
+
+
+def test_checkpoints_without_an_optimizer_are_no_place_to_go_on_from(tmp_path, capsys):
+    run(tmp_path, save_only_model=True)
+    run(tmp_path, save_only_model=True)
+    assert "going on from" not in capsys.readouterr().out
