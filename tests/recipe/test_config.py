@@ -78,7 +78,7 @@ def test_limits_themselves(tmp_path):
         ({"accelerator_config": {"dispatch_batches": True}}, "dispatch_batches would cut"),
         ({"accelerator_config": {"split_batches": True}}, "split_batches would cut"),
         ({"remove_unused_columns": True}, "remove_unused_columns: stays false"),
-        ({"label_smoothing_factor": 0.1}, "cdpo"),
+        ({"label_smoothing_factor": 0.1}, "no effect on a preference loss"),
         ({"average_tokens_across_devices": False}, "average_tokens_across_devices: stays true"),
         ({"train_sampling_strategy": "batch_rebalance"}, "is not one of random"),
         ({"truncation_mode": "keep_sart"}, "Did you mean `keep_start`"),
