@@ -16,7 +16,7 @@ from prefopt.console import say
 from prefopt.data.dataset import TokenDataset
 from prefopt.errors import DataError, NonFiniteError, UserError
 from prefopt.losses import Objective
-from prefopt.reference.live import evaluating
+from prefopt.scoring.modes import evaluating
 from prefopt.scoring.selfcheck import check_scores
 
 if TYPE_CHECKING:
@@ -37,8 +37,7 @@ def check_start(trainer: PreferenceTrainer, model: nn.Module) -> None:
     say(f"reference: {trainer.reference.summary}")
     batch = _small_batch(trainer)
     if trainer.args.self_check:
-        with evaluating(model), torch.no_grad():
-            result = check_scores(model, batch)
+        result = check_scores(model, batch)
         say(
             f"self-check: scores agree with the model's own logits to {result.max_difference:.1e} "
             f"(bound {result.bound:.1e})"
@@ -121,7 +120,7 @@ def _small_batch(trainer: PreferenceTrainer) -> dict[str, Any]:
 
 
 def _check_margins(trainer: PreferenceTrainer, model: nn.Module, batch: dict[str, Any]) -> None:
-    with evaluating(model), torch.no_grad():
+    with evaluating(model):
         scores = trainer.score(model, batch)
     longest = max(1, int(scores.lengths.max()))
     bound = _ROUNDING * _unit_roundoff(trainer, model) * math.sqrt(longest)

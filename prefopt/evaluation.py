@@ -22,9 +22,10 @@ from prefopt.data.tokenization import TokenSettings, tokenize_examples
 from prefopt.errors import DataError, NonFiniteError, UserError
 from prefopt.metrics import MetricSums
 from prefopt.models import load_model, load_tokenizer
-from prefopt.reference.live import evaluating, plan_of
+from prefopt.reference.live import plan_of
 from prefopt.scoring import TokenScores
 from prefopt.scoring.model import enable_scoring, refuse_unsupported
+from prefopt.scoring.modes import evaluating
 
 Result = dict[str, Any]
 
@@ -141,10 +142,10 @@ def _batches(rows: list[Row], size: int) -> Iterator[list[Row]]:
 def _score(models: list[nn.Module], batch: Batch) -> TokenScores:
     """Policy scores and, with a second model, its log-probabilities as `ref_logp`."""
     plan = plan_of(batch)
-    with torch.no_grad(), evaluating(models[0]):
+    with evaluating(models[0]):
         statistics: dict[str, Tensor] = models[0](**plan, statistics=("logp", "entropy"))
     if len(models) > 1:
-        with torch.no_grad(), evaluating(models[1]):
+        with evaluating(models[1]):
             statistics["ref_logp"] = models[1](**plan)["logp"]
     return TokenScores(batch["size"], batch["sequence"], **statistics)
 

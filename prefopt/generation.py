@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -16,6 +16,7 @@ from prefopt.data.problems import Where
 from prefopt.data.templates import require_template
 from prefopt.data.tokenization import TextEncoder
 from prefopt.errors import DataError, UserError
+from prefopt.scoring.modes import evaluating
 
 Prompt = str | Sequence[Mapping[str, Any]]
 
@@ -135,20 +136,6 @@ def _end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list
     if not ends:
         raise UserError("neither the tokenizer nor the model has an end-of-sequence token, so no answer could end")
     return list(ends)
-
-
-@contextmanager
-def evaluating(*models: nn.Module) -> Iterator[None]:
-    """Eval mode without gradients; every module's own mode is put back afterwards."""
-    training = {module: module.training for model in models for module in model.modules()}
-    try:
-        for model in models:
-            model.eval()
-        with torch.no_grad():
-            yield
-    finally:
-        for module, mode in training.items():
-            module.training = mode
 
 
 @contextmanager

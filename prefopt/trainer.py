@@ -32,9 +32,10 @@ from prefopt.losses import Loss, Objective, sides_of
 from prefopt.metrics import MetricSums
 from prefopt.models import complete_tokenizer, open_model, open_reference, prepare_policy, tokenizer_of
 from prefopt.predictions import Predictions
-from prefopt.reference.live import evaluating, plan_of, plan_reference
+from prefopt.reference.live import plan_of, plan_reference
 from prefopt.saving import checkpoint_to_resume, sealed_save
 from prefopt.scoring import TokenScores
+from prefopt.scoring.modes import evaluating
 
 # Sums of the loss's terms travel with the evaluation metrics under this prefix.
 _TERM = "_term/"
@@ -210,7 +211,7 @@ class PreferenceTrainer(Trainer):
         sums = MetricSums()
         model = self.model_wrapped
         # The loop restores the random state after this, so nothing here may draw from it.
-        with torch.no_grad(), evaluating(model), torch.random.fork_rng():
+        with evaluating(model), torch.random.fork_rng():
             for raw in batches:
                 batch: Batch = self._prepare_inputs(raw)
                 parts = self.objective.estimates(self.score(model, batch), sides_of(batch), batch["columns"])

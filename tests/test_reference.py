@@ -13,8 +13,9 @@ from prefopt.config import PreferenceConfig
 from prefopt.errors import UserError
 from prefopt.models import load_model
 from prefopt.reference import AdapterOff, FrozenModel, NoReference
-from prefopt.reference.live import evaluating, plan_of
+from prefopt.reference.live import plan_of
 from prefopt.scoring.model import enable_scoring
+from prefopt.scoring.modes import evaluating
 from prefopt.trainer import PreferenceTrainer
 from tests import helpers
 
@@ -70,7 +71,7 @@ def reference_scores(trainer):
 
 def plain_scores(model, batch):
     enable_scoring(model)
-    with torch.no_grad(), evaluating(model):
+    with evaluating(model):
         return model(**plan_of(batch))["logp"]
 
 

@@ -16,6 +16,7 @@ from prefopt.data.collation import MODEL_KEYS
 from prefopt.errors import UserError
 from prefopt.models import silence_dropout
 from prefopt.scoring.model import causal_lm, enable_scoring, refuse_unsupported
+from prefopt.scoring.modes import evaluating
 
 # Saved as a folder beside the adapter in training; a name that starts with `_` is not pushed to the Hub.
 _REFERENCE_ADAPTER = "_reference"
@@ -95,7 +96,7 @@ class AdapterOff:
         pass
 
     def scores(self, policy: nn.Module, batch: dict[str, Any]) -> dict[str, Tensor]:
-        with torch.no_grad(), evaluating(policy), self._switched(_peft_model(policy)):
+        with evaluating(policy), self._switched(_peft_model(policy)):
             return {"ref_logp": policy(**plan_of(batch))["logp"]}
 
     @contextmanager
@@ -143,18 +144,6 @@ def plan_reference(
 def plan_of(batch: dict[str, Any]) -> dict[str, Any]:
     """The part of a batch that a model's scoring forward takes."""
     return {key: batch[key] for key in MODEL_KEYS}
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """`model` in evaluation mode inside the block, and back to each module's own mode after it."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 def _check_explicit(reference: nn.Module, policy: nn.Module) -> None:

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 
 from prefopt.errors import UserError
 from prefopt.scoring.model import causal_lm
+from prefopt.scoring.modes import evaluating
 
 ROWS = 4
 SAFETY = 8.0  # times the rounding expected; a forgotten scale or cap is usually off by orders of magnitude more
@@ -45,7 +45,7 @@ def check_scores(model: nn.Module, batch: Mapping[str, Any], tolerance: float | 
     inputs, source, target = _first_rows(batch)
     if not len(source):
         raise ValueError("the rows given for the self-check score no token")
-    with torch.no_grad(), _eval_mode(model):
+    with evaluating(model):
         scores = model(**inputs, source=source, target=target)["logp"]
         logits, dtype, width = _own_logits(model, inputs)
     logits = logits.flatten(0, 1).index_select(0, source).to(scores.dtype)
@@ -69,17 +69,6 @@ def _cut(value: Any, rows: int) -> Any:
     if isinstance(value, Mapping):
         return {name: _cut(part, rows) for name, part in value.items()}
     return value[:rows]
-
-
-@contextmanager
-def _eval_mode(model: nn.Module) -> Iterator[None]:
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 def _own_logits(model: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, torch.dtype, int]:

@@ -14,7 +14,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from prefopt.data.messages import check_not_empty, check_text
 from prefopt.data.problems import Flaw
-from prefopt.generation import Generation, encode_prompts, evaluating, generate
+from prefopt.generation import Generation, encode_prompts, generate
+from prefopt.scoring.modes import evaluating
 from prefopt.world.grammar import is_grammatical
 
 Reward = Callable[[str, str], float]
