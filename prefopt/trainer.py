@@ -16,8 +16,8 @@ import torch
 from peft import PeftConfig
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback
-from transformers.trainer_utils import EvalLoopOutput, TrainOutput, set_seed
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+from transformers.trainer_utils import EvalLoopOutput, set_seed
 
 from prefopt.checks import check_rows, check_start, check_step
 from prefopt.config import PreferenceConfig
@@ -26,6 +26,7 @@ from prefopt.data.collation import Batch
 from prefopt.data.dataset import TokenDataset
 from prefopt.data.prepare import WEIGHT, Preparation
 from prefopt.data.sampler import WindowSampler
+from prefopt.durable import DurableTrainer
 from prefopt.errors import NonFiniteError
 from prefopt.launch import refuse_parallelism
 from prefopt.losses import Loss, Objective, sides_of
@@ -33,7 +34,6 @@ from prefopt.metrics import MetricSums
 from prefopt.models import complete_tokenizer, open_model, open_reference, prepare_policy, tokenizer_of
 from prefopt.predictions import Predictions
 from prefopt.reference.live import plan_of, plan_reference
-from prefopt.saving import checkpoint_to_resume, sealed_save
 from prefopt.scoring import TokenScores
 from prefopt.scoring.modes import evaluating
 
@@ -41,7 +41,7 @@ from prefopt.scoring.modes import evaluating
 _TERM = "_term/"
 
 
-class PreferenceTrainer(Trainer):
+class PreferenceTrainer(DurableTrainer):
     """Trains a causal language model on preferences with any registered loss. TRL's constructor, plus `loss`.
 
     `loss` is a registered name, a `Loss`, or an `Objective` (a weighted mixture). Data sets are raw rows (a
@@ -54,7 +54,6 @@ class PreferenceTrainer(Trainer):
     loss_is_scaled_for_ga = True
 
     # Narrower than in the base class.
-    args: PreferenceConfig
     model: PreTrainedModel
     train_dataset: TokenDataset
 
@@ -239,16 +238,7 @@ class PreferenceTrainer(Trainer):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         self._count_tokens()  # the count is part of the saved state
-        with sealed_save(self, {"world_size": self.args.world_size}):
-            super()._save_checkpoint(model, trial)
-
-    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> TrainOutput:  # type: ignore[override]
-        """Train; `resume_from_checkpoint=True` goes on from the newest checkpoint that verifies, if there is one."""
-        if resume_from_checkpoint is True:
-            # Without its optimizer a checkpoint is a model, not a place to go on from.
-            whole = not self.args.save_only_model
-            resume_from_checkpoint = checkpoint_to_resume(str(self.args.output_dir)) if whole else None
-        return super().train(resume_from_checkpoint, **kwargs)
+        super()._save_checkpoint(model, trial)
 
     def _track_num_input_tokens(self, inputs: Batch) -> None:
         """Nothing: `get_batch_samples` counts them, whatever `include_num_input_tokens_seen` says."""
