@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -17,15 +16,13 @@ from prefopt.data.dataset import TokenDataset
 from prefopt.errors import DataError, NonFiniteError, UserError
 from prefopt.losses import Objective
 from prefopt.scoring.modes import evaluating
+from prefopt.scoring.rounding import BEYOND, rounding_bound
 from prefopt.scoring.selfcheck import check_scores
 
 if TYPE_CHECKING:
     from prefopt.trainer import PreferenceTrainer
 
 _ROWS = 4
-# Margins of equal models differ by rounding alone. The constant covers the depth of a model; ten times the bound is
-# more than rounding can explain.
-_ROUNDING = 8.0
 
 
 def check_start(trainer: PreferenceTrainer, model: nn.Module) -> None:
@@ -34,7 +31,7 @@ def check_start(trainer: PreferenceTrainer, model: nn.Module) -> None:
     Raises `UserError` when the scores are wrong for this model, or when a reference that should equal the starting
     policy does not.
     """
-    say(f"reference: {trainer.reference.summary}")
+    say(*_notes(trainer), f"reference: {trainer.reference.summary}")
     batch = _small_batch(trainer)
     if trainer.args.self_check:
         result = check_scores(model, batch)
@@ -44,6 +41,15 @@ def check_start(trainer: PreferenceTrainer, model: nn.Module) -> None:
         )
     if trainer.reference.is_start:
         _check_margins(trainer, model, batch)
+
+
+def _notes(trainer: PreferenceTrainer) -> list[str]:
+    """What the losses have to say about their settings and the rows of the run."""
+    data = trainer.train_dataset
+    good = len(data) if data.paired else sum(bool(row["desirable"]) for row in data.rows)
+    bad = len(data) if data.paired else len(data) - good
+    losses = trainer.objective.losses
+    return [f"{loss.name}: {note}" for loss in losses for note in (*loss.notes(), *loss.class_notes(good, bad))]
 
 
 def check_rows(objective: Objective, data: Any, like: TokenDataset | None = None) -> Any:
@@ -85,19 +91,25 @@ def _kind(data: TokenDataset) -> str:
     return f"{'pairs' if data.paired else 'single answers'}{columns}"
 
 
-def check_step(accelerator: Accelerator, step: int, norm: Any, window: Sequence[tuple[Tensor, Tensor]]) -> None:
+def check_step(
+    accelerator: Accelerator, step: int, norm: Any, window: Sequence[tuple[Tensor, Tensor]], asked: bool = False
+) -> bool:
     """Raise `NonFiniteError` before the optimizer moves when the step's loss or gradient is not finite.
 
     `norm` is that of the gradient, None where it is unknown; `window` holds (rows, loss) of this rank's micro-batches.
-    Every rank must call this. It waits for the device once.
+    `asked`: this rank was asked to stop; the answer is whether any was. Every rank must call this. It waits for the
+    device once.
     """
     norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # FSDP2 shards it
     bad = (~torch.isfinite(torch.stack([loss for _, loss in window]))).any()
     # A loss scaler meets infinite gradients now and then and skips those steps itself.
     if norm is not None and accelerator.scaler is None:
         bad = bad | ~torch.isfinite(torch.as_tensor(norm, device=bad.device))
-    if accelerator.reduce(bad.float(), reduction="sum").item():
+    flags = torch.stack([bad.float(), torch.full_like(bad, asked, dtype=torch.float32)])
+    is_bad, is_asked = accelerator.reduce(flags, reduction="sum").tolist()
+    if is_bad:
         raise _not_finite(step, norm, window)
+    return bool(is_asked)
 
 
 def _not_finite(step: int, norm: Any, window: Sequence[tuple[Tensor, Tensor]]) -> NonFiniteError:
@@ -122,19 +134,13 @@ def _small_batch(trainer: PreferenceTrainer) -> dict[str, Any]:
 def _check_margins(trainer: PreferenceTrainer, model: nn.Module, batch: dict[str, Any]) -> None:
     with evaluating(model):
         scores = trainer.score(model, batch)
-    longest = max(1, int(scores.lengths.max()))
-    bound = _ROUNDING * _unit_roundoff(trainer, model) * math.sqrt(longest)
+    longest = int(scores.lengths.max())
+    bound = rounding_bound(model, trainer.accelerator.mixed_precision, longest)
     found = scores.log_ratio().abs().max().item()
     say(f"start-up margins: largest |log-ratio| {found:.1e} nats (rounding bound {bound:.1e})")
-    if not found <= 10 * bound:
+    if not found <= BEYOND * bound:
         raise UserError(
             f"policy and reference differ by {found:.3g} nats before training, ten times what rounding explains "
             f"({bound:.1e}): the reference is not the starting policy. If that is meant, name it with "
             "`reference.model` (or `ref_model`); otherwise look for dropout, hooks or weights changed by hand."
         )
-
-
-def _unit_roundoff(trainer: PreferenceTrainer, model: nn.Module) -> float:
-    mixed = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(trainer.accelerator.mixed_precision)
-    dtype = next(parameter.dtype for parameter in model.parameters() if parameter.is_floating_point())
-    return max(torch.finfo(dtype).eps, torch.finfo(mixed).eps if mixed else 0.0)

@@ -9,27 +9,35 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from prefopt.errors import UserError
+from prefopt.errors import Stopped, UserError
 
 _OVERRIDES = "Any setting of the recipe can be given as --key value, --key=value or --loss.beta value; it wins."
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit status; a `UserError` is printed as its message alone, status 2."""
+    """Run one command and return its exit status; a `UserError` is printed as its message alone, status 2.
+
+    A run that a signal stopped has said so itself; its status is 128 plus the number of the signal.
+    """
     parser = _parser()
     options, rest = parser.parse_known_args(list(sys.argv[1:] if arguments is None else arguments))
     if rest and not getattr(options, "takes_overrides", False):
         parser.error(f"unknown argument: {rest[0]}")
     try:
-        options.run(options, rest)
+        return options.run(options, rest) or 0
     except UserError as error:
         # A rank may fail alone, so each speaks; only the first speaks plainly.
         rank = "" if _is_first_rank() else f"[rank {os.environ['RANK']}] "
         print(f"{rank}error: {error}", file=sys.stderr, flush=True)
         return 2
+    except Stopped as stop:
+        return int(str(stop.code))
+    except KeyboardInterrupt:
+        if _is_first_rank():
+            print("stopped by Ctrl-C; the same command goes on where it can", file=sys.stderr, flush=True)
+        return 130
     finally:
         _leave_together()
-    return 0
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -67,11 +75,38 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--json", metavar="FILE", help="write the figures there as well")
     evaluate.set_defaults(run=_evaluate)
 
+    _add_cache(commands.add_parser("cache", help="list, check or clear the stored reference scores"))
+
+    push = commands.add_parser("push", help="send a run folder, an adapter or a checkpoint to the Hub")
+    push.add_argument("folder")
+    push.add_argument("--repo", metavar="NAME", help="NAME or USER/NAME; else where the run pushed to")
+    push.add_argument("--private", action="store_true", default=None, help="if the repository is made now")
+    push.add_argument("--revision", metavar="BRANCH", help="a branch other than main")
+    push.add_argument("--dry_run", action="store_true", help="list what would be sent, and send nothing")
+    push.set_defaults(run=_push)
+
     for command in (train, explain, losses):
         command.add_argument(
             "--plugin", action="append", default=[], metavar="FILE", help="a Python file with a loss of your own"
         )
     return parser
+
+
+def _add_cache(cache: argparse.ArgumentParser) -> None:
+    actions = cache.add_subparsers(title="actions", required=True, metavar="ACTION")
+    ls = actions.add_parser("ls", help="list the entries, the one used longest ago first")
+    ls.set_defaults(run=_cache_ls)
+    verify = actions.add_parser("verify", help="read and check every row; what is damaged goes")
+    verify.set_defaults(run=_cache_verify)
+    gc = actions.add_parser("gc", help="delete damaged files, and entries that are not used")
+    gc.add_argument(
+        "--max_gb", type=_amount, metavar="N", help="delete until the store has this size, oldest use first"
+    )
+    gc.add_argument("--older_than", type=_amount, metavar="DAYS", help="delete what was not used for so many days")
+    gc.add_argument("--dry_run", action="store_true", help="say what would go, and delete nothing")
+    gc.set_defaults(run=_cache_gc)
+    for action in (ls, verify, gc):
+        action.add_argument("--store", metavar="DIR", help="the store's folder (default: that of the user's cache)")
 
 
 def _train(options: argparse.Namespace, overrides: list[str]) -> None:
@@ -136,6 +171,52 @@ def _evaluate(options: argparse.Namespace, rest: list[str]) -> None:
         write_whole(file, json.dumps(result, indent=2) + "\n")
 
 
+def _cache_ls(options: argparse.Namespace, rest: list[str]) -> None:
+    from prefopt.reference.store import Store
+    from prefopt.reference.upkeep import size, table
+
+    store = Store(options.store)
+    entries = store.entries()
+    print(f"{store.folder}: {len(entries):,} entries, {size(store.bytes())}")
+    if entries:
+        print("\n".join(table(entries)))
+
+
+def _cache_verify(options: argparse.Namespace, rest: list[str]) -> int:
+    from prefopt.reference.upkeep import verify
+
+    damage = verify(options.store)
+    print("\n".join(damage) if damage else "every row is as it was written")
+    return 1 if damage else 0
+
+
+def _cache_gc(options: argparse.Namespace, rest: list[str]) -> None:
+    from prefopt.reference.store import Store
+    from prefopt.reference.upkeep import gc, size
+
+    if options.max_gb is None and options.older_than is None:
+        print("without --max_gb or --older_than only damaged files go")
+    done = gc(Store(options.store), max_gb=options.max_gb, older_than=options.older_than, dry_run=options.dry_run)
+    for path, number in done.removed:
+        print(f"{'would delete' if options.dry_run else 'deleted'} {path} ({size(number)})")
+    for path in done.in_use:
+        print(f"left {path}: a process computes for it")
+    if not done.removed:
+        print("nothing to delete")
+
+
+def _push(options: argparse.Namespace, rest: list[str]) -> None:
+    from prefopt.hub.command import push_folder
+
+    push_folder(
+        Path(options.folder),
+        options.repo,
+        private=options.private,
+        revision=options.revision,
+        dry_run=options.dry_run,
+    )
+
+
 def _writable(name: str) -> Path:
     """The file to write, its folder made beforehand: an evaluation is not lost for want of a place."""
     file = Path(name)
@@ -150,6 +231,16 @@ def _count(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"must be a whole number from 1 on, not {text}")
     return int(text)
+
+
+def _amount(text: str) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        number = -1.0
+    if not number >= 0:
+        raise argparse.ArgumentTypeError(f"must be a number from 0 on, not {text}")
+    return number
 
 
 def _load_plugins(options: argparse.Namespace) -> None:

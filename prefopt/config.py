@@ -111,7 +111,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
 # Not the field's default, so that a setting under the older name `gradient_checkpointing` can be told from none.
 ACTIVATION_CHECKPOINTING = True
 
-REFERENCE_SOURCES = ("auto", "live", "none")
+REFERENCE_SOURCES = ("auto", "cached", "live", "none")
 
 FIXED: dict[str, tuple[object, str]] = {
     "average_tokens_across_devices": (True, "every step is divided by the counts of all ranks. Remove this line"),
@@ -177,7 +177,7 @@ def _weights(value: Any) -> str | None:
 
 
 def _reference(value: Any) -> str | None:
-    known = ("source", "model", "revision")
+    known = ("source", "model", "revision", "store", "max_gb", "batch_size")
     if not isinstance(value, Mapping):
         return f"must be a block with {', '.join(known)}, not {value!r}."
     for key in value:
@@ -188,6 +188,10 @@ def _reference(value: Any) -> str | None:
         return f"source `{source}` is not one of {', '.join(REFERENCE_SOURCES)}."
     if source == "none" and value.get("model"):
         return "source none and a model contradict each other. Remove one of them."
+    for key, range in (("max_gb", POSITIVE), ("batch_size", COUNT)):
+        problem = range.problem(value[key]) if value.get(key) is not None else None
+        if problem:
+            return f"{key} {problem}."
     return None
 
 
@@ -292,9 +296,27 @@ class PreferenceConfig(TrainingArguments):
     reference: dict[str, Any] | None = field(
         default=None,
         metadata={
-            "help": "The reference model: source (auto: as the loss needs; live: beside the policy; none), model, "
-            "revision. The starting model when not set."
+            "help": "The reference model: source (auto; cached: scored once, before training; live: beside the "
+            "policy; none), model (the starting model when not set), revision, store, max_gb, batch_size."
         },
+    )
+    resume: str = field(
+        default="auto",
+        metadata={
+            "help": "Where a recipe's run goes on from: auto (its newest whole checkpoint, if there is one), never, or "
+            "the path of a checkpoint or a run folder. In Python, trainer.train(resume_from_checkpoint=...) says it."
+        },
+    )
+    allow_change: None | str | list[str] = field(  # noqa: RUF036  (HfArgumentParser reads the first but None)
+        default=None,
+        metadata={
+            "help": "Settings that may differ from the checkpoint's in a resumed run: names such as learning_rate, "
+            "loss.beta, data, world_size."
+        },
+    )
+    restore_callback_states_from_checkpoint: bool = field(
+        default=True,
+        metadata={"help": "A resumed run takes the state of its callbacks from the checkpoint, early stopping's too."},
     )
     self_check: bool = field(
         default=True,
@@ -307,6 +329,8 @@ class PreferenceConfig(TrainingArguments):
         self.use_cpu = self.use_cpu or not has_accelerator()
         if self.bf16 is None:
             self.bf16 = not self.fp16 and not self.use_cpu and is_torch_bf16_gpu_available()
+        if isinstance(self.allow_change, str):
+            self.allow_change = [self.allow_change]
         if self.activation_checkpointing is None and self.gradient_checkpointing is None:
             self.activation_checkpointing = ACTIVATION_CHECKPOINTING
         try:

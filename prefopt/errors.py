@@ -22,6 +22,10 @@ class NonFiniteError(UserError):
     """A loss or a gradient became NaN or infinite; the optimizer has not moved."""
 
 
+class Stopped(SystemExit):
+    """A signal told the run to end, and it can go on later: ends the process with the status of that signal."""
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """A hint that names the known word closest to `name`, with a leading space; empty when none is close."""
     close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)

@@ -23,6 +23,7 @@ from prefopt.procedures import Stage, TrainStage, make_plan
 from prefopt.recipe import ModelSection, Recipe
 from prefopt.recipe.checks import scratch_config
 from prefopt.recipe.write import to_yaml
+from prefopt.reference.store import default_folder
 
 SAMPLE = 2000
 CHARACTERS_PER_TOKEN = 4
@@ -96,11 +97,33 @@ def reference_plan(recipe: Recipe) -> str:
     names = ", ".join(loss.name for loss in recipe.loss)
     if recipe.objective().reference == "none":
         return f"none: {names} needs none, and no second model is loaded."
+    return f"{_reference_model(recipe)} {_reference_source(recipe)}"
+
+
+def _reference_model(recipe: Recipe) -> str:
     if recipe.reference.model:
-        return f"{recipe.reference.model}, as the recipe says. It is held as a second model."
+        return f"{recipe.reference.model}, as the recipe says."
     if recipe.model.use_peft:
-        return "the starting model: the policy with its adapter switched off. No second model is held."
-    return "the starting model, frozen. It is held as a second model while it is scored."
+        return "the starting model: the policy with its adapter switched off."
+    return "the starting model."
+
+
+def _reference_source(recipe: Recipe) -> str:
+    if recipe.reference.source == "live":
+        held = "A second model is held for it." if _holds_second_model(recipe) else "No second model is held."
+        return f"It is scored beside the policy at every step. {held}"
+    store = recipe.reference.store or default_folder()
+    return (
+        f"Each answer is scored once, before training, and kept in {store}, where later runs find it. No second model "
+        "is held while the policy trains."
+    )
+
+
+def _holds_second_model(recipe: Recipe) -> bool:
+    """Whether another model lies beside the policy in training."""
+    if recipe.objective().reference == "none" or recipe.reference.source != "live":
+        return False
+    return recipe.reference.model is not None or not recipe.model.use_peft
 
 
 def count_rows(recipe: Recipe) -> Rows:
@@ -268,9 +291,7 @@ def _memory(recipe: Recipe, settings: dict[str, Any], rows: Rows) -> str:
     longest = settings["max_length"] or rows.tokens or 0
     answers = 2 if recipe.objective().paired_required else 1
     tokens = batch * (rows.tokens if rows.tokens is not None else answers * longest)
-    needs_second = recipe.objective().reference != "none"
-    second = needs_second and (recipe.reference.model is not None or not recipe.model.use_peft)
-    parts = memory_parts(sizes, settings, tokens, second_model=second)
+    parts = memory_parts(sizes, settings, tokens, second_model=_holds_second_model(recipe))
     count = f"{sizes.parameters:,} weights, {sizes.trainable:,} of them trained"
     lines = {name: _bytes(value) for name, value in parts.items()}
     basis = "rows of mean length" if rows.tokens is not None else f"rows of {longest} tokens"

@@ -76,6 +76,10 @@ class MetricSums:
         self.clear()
         return _divide(names, numbers)
 
+    def state(self) -> dict[str, tuple[float, float]]:
+        """This rank's sum and count of every metric, as `add_sum` takes them back. It waits for the device."""
+        return {name: (float(total), float(self._counts[name])) for name, total in self._sums.items()}
+
     def clear(self) -> None:
         """Forget everything added so far."""
         self._sums.clear()

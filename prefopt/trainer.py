@@ -26,14 +26,17 @@ from prefopt.data.collation import Batch
 from prefopt.data.dataset import TokenDataset
 from prefopt.data.prepare import WEIGHT, Preparation
 from prefopt.data.sampler import WindowSampler
+from prefopt.drift import loss_facts
 from prefopt.durable import DurableTrainer
 from prefopt.errors import NonFiniteError
+from prefopt.interrupt import spare_worker
 from prefopt.launch import refuse_parallelism
 from prefopt.losses import Loss, Objective, sides_of
 from prefopt.metrics import MetricSums
 from prefopt.models import complete_tokenizer, open_model, open_reference, prepare_policy, tokenizer_of
 from prefopt.predictions import Predictions
-from prefopt.reference.live import plan_of, plan_reference
+from prefopt.reference.live import plan_of
+from prefopt.referencing import attach, begin_training, open_reference_scores
 from prefopt.scoring import TokenScores
 from prefopt.scoring.modes import evaluating
 
@@ -86,13 +89,7 @@ class PreferenceTrainer(DurableTrainer):
             disable_dropout=args.disable_dropout,
             pad_token_id=tokenizer.pad_token_id,
         )
-        self.reference = plan_reference(
-            self.objective.reference,
-            policy,
-            fresh_adapter=peft_config is not None,
-            explicit=open_reference(self.objective.reference, ref_model, args, quantization_config),
-        )
-        self._train_sums = MetricSums()
+        explicit = open_reference(self.objective.reference, ref_model, args, quantization_config)
         self._eval_sums = MetricSums()
         self._predictions = Predictions(compute_metrics)
         self._estimates: dict[str, float] = {}
@@ -101,8 +98,7 @@ class PreferenceTrainer(DurableTrainer):
         super().__init__(
             model=policy,
             args=args,
-            data_collator=data_collator
-            or self.preparation.collator(train_dataset or eval_dataset, self.objective.all_completions),
+            data_collator=data_collator or self.preparation.collator(train_dataset or eval_dataset, self.objective),
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=tokenizer,
@@ -110,7 +106,9 @@ class PreferenceTrainer(DurableTrainer):
             optimizers=optimizers,
         )
         refuse_parallelism(self.accelerator)
-        self.reference.prepare(self.accelerator)
+        self.reference, self.reference_identity = open_reference_scores(
+            self, explicit, fresh_adapter=peft_config is not None
+        )
 
     def _get_dataloader(  # type: ignore[override]
         self,
@@ -138,6 +136,7 @@ class PreferenceTrainer(DurableTrainer):
             batch_sampler=sampler,
             collate_fn=self.data_collator,
             num_workers=args.dataloader_num_workers,
+            worker_init_fn=spare_worker,
             pin_memory=args.dataloader_pin_memory and torch.cuda.is_available(),
             persistent_workers=args.dataloader_persistent_workers,
             prefetch_factor=args.dataloader_prefetch_factor,
@@ -146,17 +145,18 @@ class PreferenceTrainer(DurableTrainer):
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
         """The loader of an evaluation set: its name, a prepared data set, or raw rows, which are prepared first."""
         if eval_dataset is not None and not isinstance(eval_dataset, str):
-            rows = self.preparation.one(eval_dataset, "eval")
-            eval_dataset = check_rows(self.objective, rows, like=self.train_dataset)
+            rows = check_rows(self.objective, self.preparation.one(eval_dataset, "eval"), like=self.train_dataset)
+            eval_dataset = attach(self, rows)
         return super().get_eval_dataloader(eval_dataset)
 
     get_test_dataloader = get_eval_dataloader  # type: ignore[assignment]  # the rows of `predict`
 
-    def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
+    def _prepare_for_training(self, max_steps: int, train_dataloader: DataLoader, resume_from_checkpoint: Any) -> Any:
+        begin_training(self, resumed=resume_from_checkpoint is not None)
         if not self.is_fsdp_enabled:
             # An evaluation before training leaves this mark, and the ranks would then train each for itself.
             vars(self.model).pop("_is_accelerate_prepared", None)
-        return super()._prepare_for_training(*args, **kwargs)
+        return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
 
     def _run_epoch(self, **kwargs: Any) -> None:  # type: ignore[override]
         # A resumed epoch wraps the batch sampler once more, out of the loop's own reach.
@@ -213,14 +213,20 @@ class PreferenceTrainer(DurableTrainer):
         with evaluating(model), torch.random.fork_rng():
             for raw in batches:
                 batch: Batch = self._prepare_inputs(raw)
-                parts = self.objective.estimates(self.score(model, batch), sides_of(batch), batch["columns"])
+                parts = self._estimate_batch(model, batch) if self.objective.plain_estimates else {}
+                if self.objective.mismatched:
+                    parts |= self._estimate_batch(model, batch["mismatched"], mismatched=True)
                 for name, (total, count) in parts.items():
                     sums.add_sum(name, total, count)
         return sums.reduce(self.accelerator)
 
+    def _estimate_batch(self, model: nn.Module, batch: Batch, **about: bool) -> dict[str, tuple[Tensor, Tensor]]:
+        return self.objective.estimates(self.score(model, batch), sides_of(batch), batch["columns"], **about)
+
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         norm = super()._get_grad_norm(model, grad_norm)
-        check_step(self.accelerator, self.state.global_step + 1, norm, self._window)
+        step = self.state.global_step + 1
+        self.sigterm.agreed = check_step(self.accelerator, step, norm, self._window, self.sigterm.asked)
         return norm
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -235,6 +241,10 @@ class PreferenceTrainer(DurableTrainer):
         self._new_tokens = 0
         self.state.num_input_tokens_seen += int(new)
         return self.state.num_input_tokens_seen
+
+    def _resume_facts(self) -> dict[str, Any]:
+        reference = self.reference_identity and self.reference_identity.key
+        return {**loss_facts(self.objective), "data": self.train_dataset.fingerprint, "reference": reference}
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         self._count_tokens()  # the count is part of the saved state

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import atexit
 import os
+import shutil
+import tempfile
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", os.environ.get("CUDA_VISIBLE_DEVICES", ""))
+
+if "PREFOPT_STORE" not in os.environ:
+    # Not the user's own; the processes that tests start share this one.
+    os.environ["PREFOPT_STORE"] = tempfile.mkdtemp(prefix="prefopt-store-")
+    atexit.register(shutil.rmtree, os.environ["PREFOPT_STORE"], ignore_errors=True)
 
 import pytest
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from prefopt import checkpoints
-from prefopt.checkpoints import clear_unsealed, disk_forecast, facts_of, newest_whole, problem, rotate, seal
+from prefopt.checkpoints import CUT_OFF, begin, disk_forecast, facts_of, newest_whole, problem, rotate, seal
 from prefopt.errors import UserError
 
 FACTS = {"recipe": "12ab", "world_size": 2, "versions": {"torch": "2.9"}}
@@ -45,10 +45,10 @@ def sealed(output: Path, step: int) -> Path:
 def save(output: Path, step: int, limit: int | None = None) -> None:
     """The order of a whole save in the trainer."""
     folder = output / f"checkpoint-{step}"
-    clear_unsealed(folder)
+    begin(folder)
     write_files(output, step)
     seal(folder, step, FACTS)
-    rotate(output, limit, [folder])
+    rotate(output, limit, [], sealed=folder)
 
 
 def names(output: Path) -> list[str]:
@@ -114,13 +114,27 @@ def test_a_kill_anywhere_in_a_save(tmp_path):
     for output in every_kill(tmp_path, lambda start: save(start, 1), lambda output: save(output, 2, limit=1)):
         whole, skipped = newest_whole(output)
         assert whole is not None and problem(whole) is None
-        assert whole.name == "checkpoint-2" or all(line == "checkpoint-2: not sealed" for line in skipped)
+        assert whole.name == "checkpoint-2" or set(skipped.items()) <= {("checkpoint-2", CUT_OFF)}
         came_through.add(whole.name)
         save(output, 2 if whole.name == "checkpoint-1" else 3, limit=1)  # the resumed run
         assert not temporary_files(output)
-        assert newest_whole(output)[1] == []
+        assert newest_whole(output)[1] == {}
         assert len(names(output)) == 1
     assert came_through == {"checkpoint-1", "checkpoint-2"}
+
+
+def test_a_kill_anywhere_in_the_first_save_is_a_save_that_was_cut_off(tmp_path):
+    """Only what was sealed once can be damaged; what never was is no loss, and no reason to refuse a fresh start."""
+    for output in every_kill(tmp_path, lambda start: start.mkdir(), lambda output: save(output, 1)):
+        whole, skipped = newest_whole(output)
+        assert whole is not None or set(skipped.values()) <= {CUT_OFF}
+
+
+def test_a_kill_anywhere_in_a_save_over_another_run(tmp_path):
+    """The files of two runs never lie in one folder, and the old ones are not taken for the new."""
+    for output in every_kill(tmp_path, lambda start: save(start, 1), lambda output: save(output, 1)):
+        whole, skipped = newest_whole(output)
+        assert whole is not None or set(skipped.values()) <= {CUT_OFF}
 
 
 def test_a_kill_anywhere_in_a_seal_lets_the_next_seal_succeed(tmp_path):
@@ -132,7 +146,7 @@ def test_a_kill_anywhere_in_a_seal_lets_the_next_seal_succeed(tmp_path):
         newest, _ = newest_whole(output)
         assert newest is not None and newest.name in ("checkpoint-1", "checkpoint-2")
         seal(output / "checkpoint-2", 2, FACTS)
-        assert newest_whole(output) == (output / "checkpoint-2", [])
+        assert newest_whole(output) == (output / "checkpoint-2", {})
         assert not temporary_files(output)
 
 
@@ -142,7 +156,7 @@ def test_a_kill_anywhere_in_a_rotation_leaves_the_newest(tmp_path):
             sealed(output, step)
 
     for output in every_kill(tmp_path, start, lambda output: rotate(output, 1, [])):
-        assert newest_whole(output) == (output / "checkpoint-3", [])
+        assert newest_whole(output) == (output / "checkpoint-3", {})
         assert all(problem(folder) is None for folder in output.glob("checkpoint-*")), "half deleted under its name"
         rotate(output, 1, [])
         assert names(output) == ["checkpoint-3"]
@@ -222,21 +236,17 @@ def test_damage_is_found_named_and_survived(tmp_path, name, kind):
     older, newer = sealed(tmp_path, 5), sealed(tmp_path, 10)
     damage, reason = DAMAGE[kind]
     damage(newer / name, older / name)
-    whole, (line,) = newest_whole(tmp_path)
-    assert whole == older
-    assert line.startswith(f"checkpoint-10: {name} ") and line.endswith(reason)
-    clear_unsealed(newer)
-    assert names(tmp_path) == ["checkpoint-5"]
+    whole, skipped = newest_whole(tmp_path)
+    assert whole == older and list(skipped) == ["checkpoint-10"]
+    assert skipped["checkpoint-10"].startswith(f"{name} ") and skipped["checkpoint-10"].endswith(reason)
 
 
 @pytest.mark.parametrize("kind", DAMAGE)
 def test_a_damaged_manifest_is_found(tmp_path, kind):
     older, newer = sealed(tmp_path, 5), sealed(tmp_path, 10)
     DAMAGE[kind][0](newer / "manifest.json", older / "manifest.json")
-    whole, (line,) = newest_whole(tmp_path)
-    assert whole == older
     reason = {"removed": "not sealed", "swapped": "manifest.json is that of step 5"}.get(kind)
-    assert line == f"checkpoint-10: {reason or 'manifest.json is damaged'}"
+    assert newest_whole(tmp_path) == (older, {"checkpoint-10": reason or "manifest.json is damaged"})
 
 
 def test_every_bit_of_a_manifest_counts(tmp_path):
@@ -303,7 +313,7 @@ def test_the_highest_step_by_number_and_exact_names(tmp_path):
     for name in ("checkpoint-11-old", "checkpoint-12.bak", "xcheckpoint-13", "checkpoint-", "checkpoint-٣"):
         shutil.copytree(tmp_path / "checkpoint-9", tmp_path / name)
     (tmp_path / "checkpoint-14").write_text("a file")
-    assert newest_whole(tmp_path) == (tmp_path / "checkpoint-10", [])
+    assert newest_whole(tmp_path) == (tmp_path / "checkpoint-10", {})
     assert rotate(tmp_path, 1, []) == [tmp_path / "checkpoint-9"]
     assert (tmp_path / "checkpoint-11-old").is_dir()
 
@@ -311,18 +321,25 @@ def test_the_highest_step_by_number_and_exact_names(tmp_path):
 def test_a_renamed_copy_is_not_a_later_step(tmp_path):
     shutil.copytree(sealed(tmp_path, 5), tmp_path / "checkpoint-50")
     shutil.copytree(tmp_path / "checkpoint-5", tmp_path / "best")
-    assert newest_whole(tmp_path)[1] == ["checkpoint-50: manifest.json is that of step 5"]
+    assert newest_whole(tmp_path)[1] == {"checkpoint-50": "manifest.json is that of step 5"}
     assert problem(tmp_path / "best") is None
 
 
 def test_no_checkpoint_at_all(tmp_path):
-    assert newest_whole(tmp_path) == (None, [])
-    assert newest_whole(tmp_path / "not there yet") == (None, [])
+    assert newest_whole(tmp_path) == (None, {})
+    assert newest_whole(tmp_path / "not there yet") == (None, {})
     assert rotate(tmp_path / "not there yet", 1, []) == []
-    clear_unsealed(tmp_path / "not there yet" / "checkpoint-1")
-    assert problem(tmp_path / "checkpoint-1") == "not sealed"
+    (tmp_path / "checkpoint-1").mkdir()
+    assert newest_whole(tmp_path) == (None, {"checkpoint-1": CUT_OFF})
     write_files(tmp_path, 1)
-    assert newest_whole(tmp_path) == (None, ["checkpoint-1: not sealed"])
+    assert newest_whole(tmp_path) == (None, {"checkpoint-1": "not sealed"})
+
+
+def test_more_may_be_asked_of_a_checkpoint_than_to_be_whole(tmp_path):
+    for step in (1, 2):
+        sealed(tmp_path, step)
+    found = newest_whole(tmp_path, lambda folder: "too late" if folder.name == "checkpoint-2" else problem(folder))
+    assert found == (tmp_path / "checkpoint-1", {"checkpoint-2": "too late"})
 
 
 def test_the_facts_come_back(tmp_path):
@@ -360,6 +377,20 @@ def test_rotation_deletes_first_what_is_not_whole(tmp_path):
     assert [path.name for path in rotate(tmp_path, 2, [])] == ["checkpoint-1"]
 
 
+def test_rotation_keeps_the_one_just_sealed_and_reads_it_no_second_time(tmp_path, monkeypatch):
+    """It need not have the highest step: the run may have gone back to an earlier one."""
+    for step in (1, 2, 3, 4):
+        sealed(tmp_path, step)
+    read: list[str] = []
+    stock = checkpoints._sha256
+    monkeypatch.setattr(checkpoints, "_sha256", lambda path: read.append(path.parent.name) or stock(path))
+    rotate(tmp_path, 3, [], sealed=tmp_path / "checkpoint-1")
+    assert names(tmp_path) == ["checkpoint-1", "checkpoint-3", "checkpoint-4"] and "checkpoint-1" not in read
+    read.clear()
+    rotate(tmp_path, 1, [], sealed=tmp_path / "checkpoint-4")
+    assert names(tmp_path) == ["checkpoint-4"] and not read
+
+
 def test_rotation_protects_the_newest_that_verifies_in_full(tmp_path):
     for step in (1, 2, 3):
         sealed(tmp_path, step)
@@ -384,18 +415,24 @@ def test_trash_of_a_kill_is_swept_and_nothing_else(tmp_path):
     assert names(tmp_path) == ["_trash-notes", "checkpoint-2"]
 
 
-def test_only_what_is_not_whole_is_cleared(tmp_path):
-    whole, unsealed = sealed(tmp_path, 1), write_files(tmp_path, 2)
-    (unsealed / "rng_state_3.pth").write_text("of another world size")
-    clear_unsealed(whole)
-    clear_unsealed(unsealed)
-    assert names(tmp_path) == ["checkpoint-1"]
+def test_a_save_begins_in_an_empty_folder(tmp_path):
+    """Files of another world size, or of another run, would be sealed in with the new ones."""
+    for start in (write_files, sealed):
+        folder = start(tmp_path, 2)
+        (folder / "rng_state_3.pth").write_text("of another world size")
+        begin(folder)
+        assert names(folder) == ["manifest.json"] and problem(folder) == CUT_OFF
+        write_files(tmp_path, 2)
+        assert problem(folder) == CUT_OFF
+        seal(folder, 2, FACTS)
+        assert problem(folder) is None
 
 
-def test_a_step_is_cleared_over_the_trash_of_an_earlier_try(tmp_path):
+def test_a_save_begins_over_the_trash_of_an_earlier_try(tmp_path):
     write_files(tmp_path, 2).rename(tmp_path / "_trash-checkpoint-2")
-    clear_unsealed(write_files(tmp_path, 2))
-    assert names(tmp_path) == []
+    write_files(tmp_path, 2)
+    begin(tmp_path / "checkpoint-2")
+    assert names(tmp_path) == ["checkpoint-2"]
 
 
 # ---- the disk ---------------------------------------------------------------------------------------------------

@@ -22,13 +22,13 @@ STEPS = 6
 
 @pytest.fixture
 def build(tmp_path, tokenizer):
-    """A trainer that logs and saves at every step."""
+    """A trainer that logs and saves at every step, its reference beside the policy."""
 
     def make(model, rows=None, callbacks=None, **settings):
         args = PreferenceConfig(
             output_dir=str(tmp_path / "out"), per_device_train_batch_size=2, max_steps=STEPS, learning_rate=0.01,
             logging_steps=1, save_steps=1, train_sampling_strategy="sequential", report_to="none", use_cpu=True,
-            disable_tqdm=True, **{"bf16": False, **settings},
+            disable_tqdm=True, **{"bf16": False, "reference": {"source": "live"}, **settings},
         )  # fmt: skip
         data = helpers.text_pairs(12) if rows is None else rows
         return PreferenceTrainer(model, args=args, train_dataset=data, processing_class=tokenizer, callbacks=callbacks)
@@ -72,6 +72,14 @@ def test_a_reference_that_is_not_the_start_is_refused(tamper, build, model):
     with pytest.raises(UserError, match=r"the reference is not the starting policy.*ref_model"):
         trainer.train()
     assert trainer.state.global_step == 0 and unmoved(model, before)
+
+
+def test_scores_that_are_not_those_of_the_start_are_refused(build, model):
+    trainer = build(model, reference={"source": "cached"})
+    for row in trainer.train_dataset.rows:
+        row["chosen_ref_logp"] = row["chosen_ref_logp"] + 0.01
+    with pytest.raises(UserError, match="the reference is not the starting policy"):
+        trainer.train()
 
 
 def test_dropout_in_the_reference_is_found(build, model):

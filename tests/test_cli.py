@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 
@@ -133,7 +134,7 @@ def test_a_copied_recipe_explains_like_the_original(prefopt, folder):
 def test_explain_tells_steps_reference_and_memory(prefopt):
     status, out, _ = prefopt("explain", "my.yaml", "--loss.beta", "0.3")
     assert status == 0
-    for part in ("beta: 0.3", "10 to train on, 2 to evaluate on", "3 an epoch, 6 in", "starting model, frozen"):
+    for part in ("beta: 0.3", "10 to train on, 2 to evaluate on", "3 an epoch, 6 in", "Each answer is scored once"):
         assert part in out
 
 
@@ -168,7 +169,7 @@ def test_its_files_agree_with_each_other(run_folder):
 def test_the_opening_lines_say_what_runs(run_folder):
     out = (run_folder.parents[1] / "out.txt").read_text()
     for part in ("launch: 1 process,", "10 of 10 rows kept", "loss: 1 DPO(beta=0.2)", "self-check: scores agree",
-                 "start-up margins: largest |log-ratio| 0.0e+00"):  # fmt: skip
+                 "answers are to be scored", "start-up margins: largest |log-ratio| "):  # fmt: skip
         assert part in out
 
 
@@ -183,8 +184,8 @@ def test_another_recipe_in_the_same_folder_is_refused(prefopt, run_folder):
     status, _, err = prefopt("train", "my.yaml", "--loss.beta", "0.3")
     assert status == 2
     assert err == (
-        "error: runs/first: holds a run with another recipe or other data. Choose another output_dir, or delete the "
-        "folder.\n"
+        "error: runs/first: holds a finished run with other settings:\n  loss.beta: 0.2 in the run folder, 0.3 now\n"
+        "Choose another output_dir, or delete the folder\n"
     )
 
 
@@ -213,7 +214,8 @@ def test_another_recipe_never_overwrites_a_run_that_has_a_checkpoint(prefopt, fo
     mark.write_text(mark.read_text().replace("done", "started"))
     status, _, err = prefopt("train", "my.yaml", "--output_dir", "runs/cut_off", "--loss.beta", "0.3")
     assert status == 2
-    assert "holds a run with another recipe" in err
+    assert "runs/cut_off: not the same run:\n  loss.beta: 0.2 in the run folder, 0.3 now\n" in err
+    assert err.endswith("or go on all the same with allow_change: [loss.beta]\n")
 
 
 def test_a_supervised_start_and_a_mixture(prefopt, folder):
@@ -284,7 +286,7 @@ MISTAKES = {
     "a missing data file": ((*TRAIN, "--data_files", "pair.jsonl"), "pair.jsonl: there is no such file. Did you mean"),
     "a wrong column": ((*TRAIN, "--data_files", "wrong.jsonl"), "wrong.jsonl:1: column `choosen`: the column is not"),
     "a missing model": ((*TRAIN, "--model_name_or_path", "tny"), "no tokenizer could be loaded from `tny`"),
-    "no such recipe": (("train", "dpp"), "dpp: there is no recipe of this name, and no such file. Did you mean `dpo`?"),
+    "no such recipe": (("train", "dpx"), "dpx: there is no recipe of this name, and no such file. Did you mean `dpo`?"),
     "no such loss": (("losses", "dppo"), "there is no loss `dppo`. Did you mean `dpo`? Losses: "),
     "a name of three methods": (("losses", "sdpo"), "`sdpo` is the name of three methods"),
     "no such plugin": (("losses", "--plugin", "mine.py"), "plugin mine.py: there is no such file"),
@@ -310,3 +312,27 @@ def test_a_mistake_is_answered_with_its_message_alone(mistake, prefopt, folder):
 def test_a_malformed_command_shows_the_usage(arguments, prefopt):
     status, _, err = prefopt(*arguments)
     assert (status, err.startswith("usage: prefopt")) == (2, True)
+
+
+# The store of reference scores
+
+
+def test_the_cache_is_listed_checked_and_cleared(prefopt, tmp_path):
+    from prefopt.reference.store import Store
+
+    place = ("--store", str(tmp_path))
+    assert prefopt("cache", "ls", *place) == (0, f"{tmp_path}: 0 entries, 0.0 MB\n", "")
+    entry = Store(tmp_path).entry("12" * 32, {"model": "tiny"})
+    entry.write({bytes(32): np.ones(9, np.float32)})
+    assert "121212121212  tiny" in prefopt("cache", "ls", *place)[1]
+    assert prefopt("cache", "verify", *place) == (0, "every row is as it was written\n", "")
+    entry.path.write_text("damaged")
+    status, out, _ = prefopt("cache", "verify", *place)
+    assert (status, f"{entry.path} is damaged (file is not a database)" in out) == (1, True)
+    entry.open()
+    assert f"would delete {entry.path} (" in prefopt("cache", "gc", *place, "--max_gb", "0", "--dry_run")[1]
+    status, out, _ = prefopt("cache", "gc", *place)
+    assert (status, "only damaged files go" in out, f"deleted {tmp_path}/_damaged-" in out) == (0, True, True)
+    assert f"deleted {entry.path} (" in prefopt("cache", "gc", *place, "--older_than", "0")[1]
+    assert prefopt("cache", "gc", *place, "--max_gb", "1.5") == (0, "nothing to delete\n", "")
+    assert prefopt("cache", "gc", *place, "--max_gb", "much")[0] == 2

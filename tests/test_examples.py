@@ -44,6 +44,16 @@ def test_score_without_a_trainer(tmp_path):
     assert len(losses) == 3
 
 
+def test_lora_and_push(tmp_path):
+    out = run("lora_and_push.py", tmp_path)
+    sent = out[out.index("To adapter: ") :]
+    for file in ("adapter_config.json", "adapter_model.safetensors", "tokenizer.json", "README.md", "results.json"):
+        assert re.search(rf"^ +[\d,]+  {re.escape(file)}$", sent, re.MULTILINE)
+    assert re.search(r"^Stays here: .*checkpoint-15/.*training_args\.bin", sent, re.MULTILINE)
+    assert sent.endswith("Nothing was sent.\n")
+    assert "library_name: peft" in (tmp_path / "runs/adapter/README.md").read_text()
+
+
 def test_examples_are_short_and_all_tested():
     tested = {name.removeprefix("test_") + ".py" for name in globals() if name.startswith("test_")}
     for path in EXAMPLES.glob("*.py"):

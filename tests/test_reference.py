@@ -12,8 +12,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
 from prefopt.config import PreferenceConfig
 from prefopt.errors import UserError
 from prefopt.models import load_model
-from prefopt.reference import AdapterOff, FrozenModel, NoReference
-from prefopt.reference.live import plan_of
+from prefopt.reference.live import AdapterOff, FrozenModel, NoReference, plan_of
 from prefopt.scoring.model import enable_scoring
 from prefopt.scoring.modes import evaluating
 from prefopt.trainer import PreferenceTrainer
@@ -24,13 +23,15 @@ ROWS = helpers.text_pairs(8)
 
 @pytest.fixture
 def build(tmp_path, tokenizer):
-    """A trainer around a model; more arguments go to it, settings to its configuration."""
+    """A trainer around a model, its reference live; more arguments go to it, settings to its configuration."""
 
     def make(model, settings=(), **arguments):
+        settings = dict(settings)
+        settings["reference"] = {"source": "live", **settings.get("reference", {})}
         args = PreferenceConfig(
             output_dir=str(tmp_path / "out"), max_steps=5, per_device_train_batch_size=4, learning_rate=0.05,
             logging_steps=1, save_strategy="no", report_to="none", use_cpu=True, bf16=False, disable_tqdm=True,
-            **dict(settings),
+            **settings,
         )  # fmt: skip
         return PreferenceTrainer(model, args=args, train_dataset=ROWS, processing_class=tokenizer, **arguments)
 

@@ -99,7 +99,8 @@ def test_evaluation_sets_by_name_give_the_figures_of_each_alone(tmp_path):
 
 def test_new_rows_are_evaluated_against_the_starting_reference(tmp_path):
     """After training, a set given to `evaluate` must not take the trained policy for its own reference."""
-    trainer = make_trainer(tmp_path, text_pairs(8), per_device_train_batch_size=4)
+    live = {"source": "live"}
+    trainer = make_trainer(tmp_path, text_pairs(8), per_device_train_batch_size=4, reference_block=live)
     before = {name: value.clone() for name, value in trainer.reference.model.state_dict().items()}
     trainer.train()
     figures = trainer.evaluate(Dataset.from_list(text_pairs(4, seed=8)))
@@ -284,7 +285,10 @@ def test_no_rows_at_all(tmp_path):
 def test_prepared_rows_are_taken_as_they_are(tmp_path):
     args = PreferenceConfig(output_dir=str(tmp_path))
     prepared = Preparation(make_tokenizer(), args, say=lambda *lines: None).one(text_pairs(3), "train")
-    assert make_trainer(tmp_path, prepared).train_dataset is prepared
+    assert make_trainer(tmp_path, prepared, loss="sft").train_dataset is prepared
+    scored = make_trainer(tmp_path, prepared).train_dataset
+    assert scored.fingerprint == prepared.fingerprint and "chosen_ref_logp" not in prepared.rows[0]
+    assert make_trainer(tmp_path, scored).train_dataset is scored
 
 
 def test_settings_that_act_on_rows_and_dropout(tmp_path):

@@ -36,14 +36,18 @@ def make_trainer(
     rows: list[dict[str, Any]],
     *,
     model: nn.Module | None = None,
-    reference: nn.Module | None = None,
+    reference: nn.Module | bool | None = None,
+    reference_block: dict[str, Any] | None = None,
     loss: Any = "dpo",
     eval_rows: list[dict[str, Any]] | None = None,
     peft_config: Any = None,
     callbacks: Any = None,
     **settings: Any,
 ) -> PreferenceTrainer:
-    """A trainer whose weights move by exactly the gradient: plain SGD, learning rate 1, no clipping, no schedule."""
+    """A trainer whose weights move by exactly the gradient: plain SGD, learning rate 1, no clipping, no schedule.
+
+    `reference` False: the starting policy. `reference_block`: the settings called `reference`.
+    """
     defaults = {
         "optim": "sgd",
         "learning_rate": 1.0,
@@ -61,8 +65,8 @@ def make_trainer(
         reference = helpers.make_model(seed=7, vocab_size=len(tokenizer))  # so that no margin is 0
     return PreferenceTrainer(
         model or helpers.make_model(vocab_size=len(tokenizer)),
-        reference,
-        PreferenceConfig(output_dir=str(output_dir), **{**defaults, **settings}),
+        reference or None,
+        PreferenceConfig(output_dir=str(output_dir), reference=reference_block, **{**defaults, **settings}),
         loss,
         train_dataset=rows,
         eval_dataset=eval_rows,

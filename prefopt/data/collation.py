@@ -8,7 +8,7 @@ meet the vocabulary.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -26,6 +26,7 @@ class _Completion:
     prompt: np.ndarray
     ids: np.ndarray
     scored: np.ndarray
+    ref_logp: np.ndarray | None
 
 
 @dataclass(frozen=True)
@@ -35,13 +36,16 @@ class Collator:
     The batch holds `input_ids`, `attention_mask` `[R,T]` (padded on the right), `source` `[M]` (index into the
     flattened `R*T` hidden states that predicts the token), `target` `[M]`, `sequence` `[M]` (completion), `columns`
     (`{name: [B]}`), `row` `[B]` (position in the source), and the numbers `paired`, `size`, `desirable_size`,
-    `desirable_tokens` and `tokens` (all that is read, padding left out). Unpaired rows are put in the order of their
-    completions. With `all_completions=False` only chosen (desirable) ones are laid out.
+    `desirable_tokens` and `tokens` (all that is read, padding left out). Rows that carry their reference scores add
+    `ref_logp` `[M]`; with `mismatched` a batch of the same rows, each prompt before the answer it was matched with,
+    lies beside under that name. Unpaired rows are put in the order of their completions. With `all_completions=False`
+    only chosen (desirable) ones are laid out.
     """
 
     pad_token_id: int = 0
     paired: bool = True
     all_completions: bool = True
+    mismatched: bool = False
     columns: tuple[str, ...] = ()
     pad_to_multiple_of: int = 1
 
@@ -53,12 +57,17 @@ class Collator:
         lengths = [int(completion.scored.sum()) for completion in completions]
         batch["sequence"] = torch.from_numpy(np.repeat(np.arange(len(completions)), lengths))
         batch["columns"] = {name: torch.tensor([row["columns"][name] for row in rows]) for name in self.columns}
+        known = [completion.ref_logp for completion in completions if completion.ref_logp is not None]
+        if known and len(known) == len(completions):
+            batch["ref_logp"] = torch.from_numpy(np.concatenate(known))
         batch["row"] = torch.tensor([row["row"] for row in rows], dtype=torch.int64)
         batch["paired"] = self.paired
         batch["size"] = len(completions)
         batch["desirable_size"] = len(desirable)
         batch["desirable_tokens"] = sum(lengths[: len(desirable)])
         batch["tokens"] = sum(len(c.prompt) + len(c.ids) for c in completions)
+        if self.mismatched:
+            batch["mismatched"] = replace(self, mismatched=False)([_mismatched(row) for row in rows])
         return batch
 
     def _sides(self, rows: Sequence[Row]) -> tuple[list[_Completion], list[_Completion]]:
@@ -102,5 +111,11 @@ def row_length(row: Row, rejected: bool = True) -> int:
     return sum(len(row["prompt_ids"]) + len(row[name]) for name in sides)
 
 
+def _mismatched(row: Row) -> Row:
+    parts = ("ids", "scored", "ref_logp")
+    return {**row, **{f"completion_{part}": row.get(f"mismatched_{part}") for part in parts}}
+
+
 def _completion(row: Row, side: str) -> _Completion:
-    return _Completion(*(np.asarray(row[key]) for key in ("prompt_ids", f"{side}_ids", f"{side}_scored")))
+    prompt, ids, scored = (np.asarray(row[key]) for key in ("prompt_ids", f"{side}_ids", f"{side}_scored"))
+    return _Completion(prompt, ids, scored, row.get(f"{side}_ref_logp"))

@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
+from prefopt.data.answers import answer_id, sides_in
 from prefopt.data.collation import Row, row_length
 from prefopt.errors import DataError
 
 
 @dataclass(frozen=True)
 class TokenDataset:
-    """Token rows of one kind (pairs, or single labelled completions) and the reports of the passes that made them."""
+    """Token rows of one kind (pairs, or single labelled completions) and the reports of the passes that made them.
+
+    `reference` is the key of the function whose scores the rows carry, or empty when they carry none.
+    """
 
     rows: Sequence[Row]
     reports: dict[str, Any] = field(default_factory=dict)
+    reference: str = ""
 
     def __post_init__(self) -> None:
         if not len(self.rows):
@@ -38,6 +44,20 @@ class TokenDataset:
     def desirable_lengths(self) -> list[int]:
         """As `lengths`, for a loss that leaves the rejected answers of pairs out of the forward."""
         return [row_length(row, rejected=False) for row in self.rows]
+
+    @cached_property
+    def answer_ids(self) -> list[dict[str, bytes]]:
+        """For each row, the id of each of its answers (see `answer_id`)."""
+        return [{side: answer_id(row, side) for side in sides_in(row)} for row in self.rows]
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 of what training reads of the rows, in their order: answers, labels and columns."""
+        digest = hashlib.sha256()
+        for row, ids in zip(self.rows, self.answer_ids, strict=True):
+            rest = [row.get("desirable"), sorted(row["columns"].items())]
+            digest.update(repr([sorted(ids.items()), *rest]).encode())
+        return digest.hexdigest()
 
     @property
     def columns(self) -> tuple[str, ...]:

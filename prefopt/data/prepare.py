@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from prefopt.data.collation import Collator
 from prefopt.data.dataset import TokenDataset
 from prefopt.data.formats import Example
+from prefopt.data.mismatch import has_mismatched, single_answers, with_mismatched
 from prefopt.data.problems import DataReport
 from prefopt.data.sources import load_examples, load_train_test
 from prefopt.data.spec import DataSpec
@@ -27,6 +28,8 @@ class Needs(Protocol):
     columns: tuple[str, ...]
     optional_columns: tuple[str, ...]
     paired_required: bool
+    all_completions: bool
+    mismatched: bool
 
 
 # A row's weight multiplies its loss, whatever the loss is.
@@ -37,8 +40,8 @@ WEIGHT = "weight"
 class Preparation:
     """How raw rows become token rows: the tokenizer, the settings of a run, and what its losses declare.
 
-    `paired`: True when a loss compares two answers, None when any kind of row will do. `say` receives the lines of the
-    reports.
+    `paired`: True when a loss compares two answers, None when any kind of row will do. `mismatched`: rows become single
+    answers, each with a mismatched one. `say` receives the lines of the reports.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -46,6 +49,7 @@ class Preparation:
     columns: tuple[str, ...] = ()
     optional_columns: tuple[str, ...] = ()
     paired: bool | None = None
+    mismatched: bool = False
     say: Callable[..., None] = print
 
     @classmethod
@@ -54,7 +58,7 @@ class Preparation:
     ) -> Preparation:
         """What the rows of a run with this objective must be."""
         paired = True if needs.paired_required else None
-        return cls(tokenizer, args, needs.columns, needs.optional_columns, paired, say)
+        return cls(tokenizer, args, needs.columns, needs.optional_columns, paired, needs.mismatched, say)
 
     def train_and_test(self, spec: DataSpec) -> tuple[TokenDataset, TokenDataset | None]:
         """Training rows and, where the source has some or sets some aside, test rows."""
@@ -65,7 +69,7 @@ class Preparation:
     def one(self, rows: Any, title: str) -> TokenDataset:
         """A data set, list of rows or `TokenDataset` as a `TokenDataset`."""
         if isinstance(rows, TokenDataset):
-            return rows
+            return self._matched(rows, title)
         loaded = load_examples(DataSpec(rows=rows, rows_name=title), **self._rules())
         return self._tokens(loaded.examples, loaded.report, title)
 
@@ -81,15 +85,16 @@ class Preparation:
             return {name: self.one(part, name) for name, part in rows.items()}
         return self.one(rows, title)
 
-    def collator(self, data: TokenDataset | Mapping[str, TokenDataset] | None, all_completions: bool) -> Collator:
-        """The collator for rows such as those of `data`; `all_completions` False leaves rejected answers out."""
+    def collator(self, data: TokenDataset | Mapping[str, TokenDataset] | None, needs: Needs) -> Collator:
+        """The collator for rows such as those of `data`."""
         sample = next(iter(data.values())) if isinstance(data, Mapping) else data
         if sample is None:
             raise DataError("there are no rows: give train_dataset, or eval_dataset to evaluate alone")
         return Collator(
             pad_token_id=self.tokenizer.pad_token_id,
             paired=sample.paired,
-            all_completions=all_completions,
+            all_completions=needs.all_completions,
+            mismatched=self.mismatched,
             columns=sample.columns,
             pad_to_multiple_of=self.args.pad_to_multiple_of or 1,
         )
@@ -120,7 +125,20 @@ class Preparation:
         tokens = tokenize_examples(examples, self.tokenizer, settings, self.columns, optional)
         self.say(*(f"{title}: {line}" for line in (*report.lines(), *tokens.report.lines())))
         _number(tokens.rows)
-        return TokenDataset(tokens.rows, {"data": report.as_dict(), "tokens": tokens.report.as_dict()})
+        data = TokenDataset(tokens.rows, {"data": report.as_dict(), "tokens": tokens.report.as_dict()})
+        return self._matched(data, title)
+
+    def _matched(self, data: TokenDataset, title: str) -> TokenDataset:
+        """With mismatched answers where a loss asks for them; rows that have theirs stay as they are."""
+        if not self.mismatched or has_mismatched(data):
+            return data
+        if data.paired:
+            self.say(f"{title}: {len(data):,} pairs are read as {2 * len(data):,} single answers")
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        matched, left = with_mismatched(single_answers(data), seed, self.args.max_length)
+        if left:
+            self.say(f"{title}: {left:,} answers have no other prompt to stand behind and keep their own")
+        return matched
 
 
 def _number(rows: Sequence[dict[str, Any]]) -> None:

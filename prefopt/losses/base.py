@@ -31,7 +31,8 @@ class Needs:
 
     `view`: answers two by two, or each alone. `completions`: the answers a completions view holds; "desirable" leaves
     the rest out of the forward. `reference`: "logp" gives `ref_logp`, "distribution" also allows the two KLs.
-    `statistics`: per-token numbers beyond `logp` and `ref_logp`. `columns`: numbers the data must have for each row;
+    `statistics`: per-token numbers beyond `logp` and `ref_logp`. `mismatched`: `estimates` is asked about prompts with
+    answers to other prompts, not about the rows themselves. `columns`: numbers the data must have for each row;
     `optional_columns`: those the loss uses where the data has them.
     """
 
@@ -39,6 +40,7 @@ class Needs:
     completions: Side = "all"
     reference: Reference = "none"
     statistics: tuple[str, ...] = ()
+    mismatched: bool = False
     columns: tuple[str, ...] = ()
     optional_columns: tuple[str, ...] = ()
 
@@ -54,6 +56,8 @@ class Needs:
                 raise UserError(f"needs.statistics: `{name}` compares two distributions: say reference='distribution'")
         if self.view == "pairs" and self.completions != "all":
             raise UserError("needs.completions: a pairs view reads both sides; 'desirable' is for a completions view")
+        if self.mismatched and (self.view, self.completions) != ("completions", "all"):
+            raise UserError("needs.mismatched: a mismatched answer has no other side; say view='completions'")
         if twice := set(self.columns) & set(self.optional_columns):
             raise UserError(f"needs: {sorted(twice)} are both required and optional columns")
 
@@ -94,6 +98,14 @@ class Loss(ABC):
     def estimates(self, view: Any) -> dict[str, tuple[Tensor, Tensor]]:
         """`{name: (sum, count)}` of what the loss must know over the whole step; back as `view.estimates[name]`."""
         return {}
+
+    def notes(self) -> tuple[str, ...]:
+        """What may surprise about these knobs, a line each, for the start of the log."""
+        return ()
+
+    def class_notes(self, good: int, bad: int) -> list[str]:
+        """What to read before step 1 on a data set with so many desirable and other answers, a line each."""
+        return []
 
     def row_problem(self, columns: Mapping[str, float]) -> str:
         """Why a row with these declared columns cannot be trained on; empty when it can. Asked before training."""

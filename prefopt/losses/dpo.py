@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from prefopt.losses.base import Loss, LossOutput, Needs
-from prefopt.losses.functional import logistic, pair_metrics, soft_logistic
+from prefopt.losses.functional import logistic, pair_metrics, preference_problem, soft_logistic
 from prefopt.losses.knobs import knob
 from prefopt.losses.registry import register
 from prefopt.losses.views import Pairs
@@ -51,5 +51,4 @@ class DPO(Loss):
         return LossOutput(loss, self.unit, pair_metrics(view, self.beta * a, self.beta * b))
 
     def row_problem(self, columns: Mapping[str, float]) -> str:
-        probability = columns.get("preference", 1.0)
-        return "" if 0 <= probability <= 1 else f"`preference` is {probability}: a probability in [0, 1] is wanted"
+        return preference_problem(columns)

@@ -16,13 +16,19 @@ _SENTENCES = {
         "mixture of <dpo> and <sft>; reward-aware preference optimisation (arXiv 2406.11704) is not part of prefopt."
     ),
     "tdpo": "`{}` is two losses: <tdpo1> and <tdpo2> (both arXiv 2404.11999; its authors recommend the second).",
+    "robust_dpo": "`{}` is <rdpo> here; length-regularised R-DPO is another method.",
+    "conservative_dpo": "`{}` is <cdpo> here.",
+    "rso": "`{}` (arXiv 2309.06657) is a way to draw answers; the loss of its paper is <hinge>.",
+    "slic_hf": "`{}` is <slic> here; the hinge on log-ratios, TRL's `hinge`, is <hinge>.",
+    "dpo_positive": "`{}` is <dpop> here.",
+    "f_dpo": "`{}` is <fdpo> here.",
     "r_dpo": "`{}` is length-regularised DPO (arXiv 2403.19159), not part of prefopt; robust DPO is <rdpo>.",
     "spin": "`{}` (arXiv 2401.01335) is a procedure, not a loss: rounds of self-play around <dpo>.",
     "stepwise": "`{}` (sDPO, arXiv 2403.19270) is a procedure, not a loss: it runs any pair loss in steps.",
     "online": "`{}` is a procedure, not a loss: rounds of sampling, judging and training with any pair loss.",
 }
 
-# Only names that differ: `hinge`, `ipo`, `apo_zero`, `discopop` and others are called the same.
+# Only names that differ: `hinge` (RSO's, not SLiC's), `ipo`, `apo_zero`, `discopop` and others are called the same.
 IN_TRL = {
     "sigmoid": "dpo",
     "sigmoid_norm": "dpo_norm",

@@ -41,7 +41,7 @@ class Objective:
     `reference`: the most any term asks for. `statistics`, `columns`, `optional_columns`: all names any term declares.
     `paired_required`: some term compares two answers. `all_completions`: some term reads rejected or undesirable
     answers; otherwise only the desirable ones need a forward. `has_estimates`: some term asks for numbers over the
-    whole step.
+    whole step. `mismatched`: some term asks for them on mismatched answers, so pairs are read as single answers.
     """
 
     def __init__(self, terms: Sequence[tuple[float, Loss]]) -> None:
@@ -58,7 +58,13 @@ class Objective:
         self.optional_columns = tuple(column for column in optional if column not in self.columns)
         self.paired_required = any(need.view == "pairs" for need in needs)
         self.all_completions = any(need.completions == "all" for need in needs)
-        self.has_estimates = any(type(loss).estimates is not Loss.estimates for loss in self.losses)
+        self.mismatched = any(need.mismatched for need in needs)
+        self.plain_estimates = any(_asks_plainly(loss) for loss in self.losses)
+        self.has_estimates = self.mismatched or self.plain_estimates
+        if self.mismatched and self.paired_required:
+            raise RecipeError(
+                "loss: one term reads single answers with mismatched ones, another pairs; train them apart"
+            )
 
     @classmethod
     def of(
@@ -90,11 +96,16 @@ class Objective:
 
     @torch.no_grad()
     def estimates(
-        self, scores: TokenScores, sides: Sides, columns: Mapping[str, Tensor]
+        self, scores: TokenScores, sides: Sides, columns: Mapping[str, Tensor], *, mismatched: bool = False
     ) -> dict[str, tuple[Tensor, Tensor]]:
-        """`{"<term>/<name>": (sum, count)}` of a micro-batch; `__call__` takes the step's quotients by these keys."""
+        """`{"<term>/<name>": (sum, count)}` of a micro-batch; `__call__` takes the step's quotients by these keys.
+
+        Of the terms that ask about the rows themselves or, `mismatched`, of those that ask about mismatched answers.
+        """
         found = {}
         for index, loss in enumerate(self.losses):
+            if not (loss.needs.mismatched if mismatched else _asks_plainly(loss)):
+                continue
             view = _view(loss, scores, sides, columns, {})
             found.update({f"{index}/{name}": parts for name, parts in loss.estimates(view).items()})
         return found
@@ -162,6 +173,11 @@ def _count(loss: Loss, sides: Sides) -> int:
         "token": sides.desirable_tokens if desirable else sides.tokens,
     }
     return counts[loss.unit]
+
+
+def _asks_plainly(loss: Loss) -> bool:
+    """Whether the loss asks to know something of the whole step from the rows themselves."""
+    return type(loss).estimates is not Loss.estimates and not type(loss).needs.mismatched
 
 
 def _check_terms(terms: Sequence[tuple[float, Loss]]) -> None:

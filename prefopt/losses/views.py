@@ -67,6 +67,13 @@ class Completions:
     columns: Mapping[str, Tensor] = field(default_factory=dict)
     estimates: Mapping[str, Tensor | float] = field(default_factory=dict)
 
+    @property
+    def labels(self) -> Tensor:
+        """`desirable`, for a loss that cannot do without. Raises `ValueError` when it is unknown."""
+        if self.desirable is None:
+            raise ValueError("this loss needs to know which answers are desirable: give `desirable`")
+        return self.desirable
+
     def units(self, unit: str) -> int:
         """How many values a loss of this unit gives for this view."""
         return {"completion": self.scores.size, "token": self.scores.sequence.shape[0]}[unit]

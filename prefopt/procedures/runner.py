@@ -1,88 +1,121 @@
 """Runs the stages of a plan in order; what is finished is not done again, what was cut off goes on.
 
-A stage's folder holds `stage.json`: the hash of everything the stage depends on, and, written last, that it is done.
+A stage's folder holds `stage.json`: everything the stage depends on, by name, and, written last, that it is done.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
-import shutil
-import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
-from safetensors import SafetensorError
 
+from prefopt.checkpoints import checkpoints_in
 from prefopt.console import say
+from prefopt.drift import Difference, check_names, differences, digest, refuse_drift
 from prefopt.errors import UserError
+from prefopt.hub.pushes import wait_for_pushes
+from prefopt.procedures.inputs import inputs_of
 from prefopt.procedures.stage import MakeStage, Stage
+from prefopt.ranks import on_main
 from prefopt.report.results import write_whole
-
-if TYPE_CHECKING:
-    from prefopt.recipe import Recipe
+from prefopt.resuming import holds_weights, refuse_early
+from prefopt.saving import full_disk_said
 
 MARK = "stage.json"
-FULL = 2**20  # bytes free
-WEIGHTS = ("checkpoint-*", "*.safetensors", "pytorch_model*.bin")
+# A finished run goes on when these were changed: all that was done is still part of it.
+HORIZON = ("num_train_epochs", "max_steps")
+_PLACE = "the run folder"
+
+
+@dataclass(frozen=True)
+class _Mark:
+    """What a stage is or was made from, and how far it is: `started` or `done`."""
+
+    facts: dict[str, Any]
+    before: str  # hash of the stage before it
+    status: str = "started"
+
+    @property
+    def inputs(self) -> str:
+        return digest({**self.facts, "before": self.before})
 
 
 def run_plan(stages: Sequence[Stage]) -> Any:
     """Run what is missing of a plan and return what its last stage returned (None if that was done before).
 
-    Raises `UserError` when a folder holds a stage made with other settings.
+    Raises `UserError` when a folder holds a stage made with other settings, unless `allow_change` names them.
     """
-    result, inputs = None, ""
+    result, before = None, ""
     for number, stage in enumerate(stages, start=1):
-        inputs = stage_hash(stage, inputs)
         title = f"[{number}/{len(stages)}] {stage.name}" if len(stages) > 1 else stage.name
-        if _status(stage.folder, stage.name, inputs) == "done":
+        mark, changes = _enter(stage, before)
+        before = mark.inputs
+        if mark.status == "done":
             say(f"{title}: done before, in {stage.folder}")
             continue
-        say(f"{title}: {stage.folder}")
-        _mark(stage.folder, stage.name, inputs, "started")
-        with _disk_of(stage.folder):
+        say(f"{title}: {stage.folder}", *(f"{title}: changed: {change.text(_PLACE)}" for change in changes))
+        _write_mark(stage, mark)
+        with full_disk_said(stage.folder):
             result = _run(stage)
-        _mark(stage.folder, stage.name, inputs, "done")
+        _write_mark(stage, _Mark(mark.facts, mark.before, "done"))
+    wait_for_pushes()
     return result
 
 
-def stage_hash(stage: Stage, before: str) -> str:
-    """SHA-256 over the stage's settings, its local data files, and the hash of the stage before it."""
-    digest = hashlib.sha256(before.encode())
+def _enter(stage: Stage, before: str) -> tuple[_Mark, list[Difference]]:
+    """As `_look`, on every rank, with what the stage's recipe says of going on."""
     if isinstance(stage, MakeStage):
-        digest.update(json.dumps([stage.name, stage.settings], sort_keys=True).encode())
-        return digest.hexdigest()
-    settings = stage.recipe.resolved()
-    # These decide how the work is reported, not what comes out.
-    for name in ("output_dir", "logging_steps", "report_to", "disable_tqdm", "resume_from_checkpoint"):
-        settings.pop(name, None)
-    digest.update(json.dumps(settings, sort_keys=True, default=str).encode())
-    for file in (*stage.recipe.data.local_files(), *_loss_files(stage.recipe)):
-        digest.update(hashlib.sha256(file.read_bytes()).digest())
-    return digest.hexdigest()
+        return on_main(lambda: _look(stage, before))
+    args = stage.recipe.training_arguments()
+    refuse_early(args.resume, str(stage.folder))
+    return on_main(lambda: _look(stage, before, args.allow_change or []))
 
 
-def _loss_files(recipe: Recipe) -> list[Path]:
-    """The files of losses from outside the package: another formula under the same name is another run."""
-    modules = {type(loss).__module__ for loss in recipe.objective().losses}
-    outside = sorted(name for name in modules if not name.startswith("prefopt."))
-    return [Path(str(sys.modules[name].__file__)) for name in outside if getattr(sys.modules[name], "__file__", None)]
+def _look(stage: Stage, before: str, allowed: Iterable[str] | None = None) -> tuple[_Mark, list[Difference]]:
+    """What a stage is made from, with `done` where it is; and the changes that are allowed. On the main process.
+
+    `allowed` is None for a stage that is made anew or not at all.
+    """
+    now = _Mark(inputs_of(stage), before)
+    check_names(allowed, now.facts)
+    was, taken = _read_mark(stage), holds_weights(stage.folder)
+    if was is None:
+        # Weights without our mark must be neither written over nor taken for the start of this run.
+        if taken:
+            raise UserError(f"{stage.folder}: holds a model that this run did not make. Choose another output_dir")
+        return now, []
+    if was.inputs == now.inputs:
+        return replace(now, status=was.status), []
+    if was.status != "done" and not taken:
+        return now, []  # stopped before its first checkpoint, as with a bad row: nothing to protect
+    found = differences(was.facts, now.facts)
+    if was.status == "done":
+        _refuse_late(stage, found)
+    refuse_drift(found, allowed, stage.folder, _PLACE)
+    if was.before != before:
+        raise UserError(
+            f"{stage.folder}: was made from what an earlier stage of the plan left, which has changed since. Choose "
+            "another output_dir, or delete the folder"
+        )
+    return now, found
 
 
-@contextmanager
-def _disk_of(folder: Path) -> Iterator[None]:
-    """A full disk as a `UserError`; not everyone who writes weights says why a write failed."""
-    try:
-        yield
-    except (OSError, RuntimeError, SafetensorError) as error:
-        if "No space left" not in str(error) and shutil.disk_usage(folder).free >= FULL:
-            raise
-        raise UserError(f"{folder}: the disk is full. Make room, and give the same command again to go on.") from error
+def _refuse_late(stage: Stage, found: Sequence[Difference]) -> None:
+    """Refuse changes to a finished run, but for those that let it go on."""
+    late = [f"\n  {difference.text(_PLACE)}" for difference in found if not difference.is_named(HORIZON)]
+    if late:
+        raise UserError(
+            f"{stage.folder}: holds a finished run with other settings:{''.join(late)}\n"
+            "Choose another output_dir, or delete the folder"
+        )
+    if found and not checkpoints_in(stage.folder):
+        raise UserError(
+            f"{stage.folder}: this run is finished, and no checkpoint is left to go on from. Choose another output_dir"
+        )
 
 
 def _run(stage: Stage) -> Any:
@@ -94,45 +127,24 @@ def _run(stage: Stage) -> Any:
     return train(stage.recipe)
 
 
-def _status(folder: Path, name: str, inputs: str) -> str:
-    """`new`, `started` or `done`, as the main process sees it. Raises `UserError` for a folder that is taken."""
-    status = [_read_status(folder, name, inputs) if PartialState().is_main_process else None]
-    found = broadcast_object_list(status)[0]
-    if found == "foreign":
-        raise UserError(f"{folder}: holds a model that this run did not make. Choose another output_dir.")
-    if found == "other":
-        raise UserError(
-            f"{folder}: holds a run with another recipe or other data. Choose another output_dir, or delete the folder."
-        )
-    return str(found)
-
-
-def _read_status(folder: Path, name: str, inputs: str) -> str:
+def _read_mark(stage: Stage) -> _Mark | None:
     try:
-        mark = json.loads((folder / MARK).read_text())[name]
-    except (OSError, ValueError, KeyError):
-        # Weights without our mark must be neither written over nor taken for the start of this run.
-        return "foreign" if _holds_weights(folder) else "new"
-    if mark["inputs"] == inputs:
-        return str(mark["status"])
-    # A run that stopped before its first checkpoint, as one with a bad row does, leaves nothing to protect.
-    return "new" if mark["status"] == "started" and not _holds_weights(folder) else "other"
+        return _Mark(**json.loads((stage.folder / MARK).read_text(encoding="utf-8"))[stage.name])
+    except (OSError, ValueError, LookupError, TypeError):
+        return None
 
 
-def _holds_weights(folder: Path) -> bool:
-    return any(True for pattern in WEIGHTS for _ in folder.glob(pattern))
+def _write_mark(stage: Stage, mark: _Mark) -> None:
+    PartialState().wait_for_everyone()
+    on_main(lambda: _put_mark(stage, mark))
 
 
-def _mark(folder: Path, name: str, inputs: str, status: str) -> None:
-    state = PartialState()
-    state.wait_for_everyone()
-    if state.is_main_process:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            path = folder / MARK
-            marks = json.loads(path.read_text()) if path.is_file() else {}
-            marks[name] = {"status": status, "inputs": inputs}
-            write_whole(path, json.dumps(marks, indent=2))
-        except OSError as error:
-            raise UserError(f"{folder}: cannot be written: {error.strerror}. Choose another output_dir.") from error
-    state.wait_for_everyone()
+def _put_mark(stage: Stage, mark: _Mark) -> None:
+    path = stage.folder / MARK
+    try:
+        with full_disk_said(stage.folder):
+            stage.folder.mkdir(parents=True, exist_ok=True)
+            marks = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+            write_whole(path, json.dumps({**marks, stage.name: asdict(mark)}, indent=2))
+    except OSError as error:
+        raise UserError(f"{stage.folder}: cannot be written: {error.strerror}. Choose another output_dir") from error

@@ -23,8 +23,11 @@ def single(recipe: Recipe) -> Sequence[Stage]:
 def with_start(recipe: Recipe, start: dict[str, object]) -> list[Stage]:
     """A supervised stage in `<output_dir>/start`, then the recipe itself from the model that stage leaves."""
     folder = f"{recipe.output_dir}/start"
+    # A checkpoint that is named is one of the recipe's own run.
+    resume = "never" if recipe.training.get("resume") == "never" else "auto"
+    plain = {"loss": {"name": "sft"}, "loss_weights": None, "reference": None, "use_peft": False, "resume": resume}
     supervised = recipe.replace(
-        {"loss": {"name": "sft"}, "loss_weights": None, "reference": None, "use_peft": False, **start},
+        {**plain, "push_to_hub": False, **start},
         output_dir=folder,
         procedure={},
     )

@@ -14,6 +14,7 @@ from accelerate import PartialState
 from transformers import PreTrainedTokenizerBase
 
 from prefopt.checks import check_rows
+from prefopt.config import PreferenceConfig
 from prefopt.console import say
 from prefopt.data import Example, load_train_test
 from prefopt.data.dataset import TokenDataset
@@ -26,6 +27,7 @@ from prefopt.report.card import write_card
 from prefopt.report.plots import save_plots
 from prefopt.report.progress import LastStep, show_progress
 from prefopt.report.results import METRICS_FILE, MetricsFile, read_metrics, write_results
+from prefopt.resuming import AUTO, NEVER, checkpoint_to_resume
 from prefopt.scratch import build_model, train_tokenizer
 from prefopt.trainer import PreferenceTrainer
 
@@ -51,7 +53,7 @@ class Phases:
 def train(recipe: Recipe) -> dict[str, Any]:
     """Train as a recipe says and leave model, recipe, figures, plots and card in its run folder; returns the results.
 
-    A folder with a checkpoint is continued from it. Raises `UserError` for what a user can mend, data before weights.
+    Goes on from a checkpoint as `resume` says. Raises `UserError` for what a user can mend, data before weights.
     """
     phases = Phases()
     objective = recipe.objective()
@@ -64,20 +66,22 @@ def train(recipe: Recipe) -> dict[str, Any]:
         test = check_rows(objective, test, like=data)
     with phases.phase("model"):
         trainer = build_trainer(recipe, objective, tokenizer, data, test)
+        trainer.recipe = recipe.resolved()
     if PartialState().is_main_process:
         recipe.dump(Path(recipe.output_dir) / "recipe.yaml")
     say(*opening_lines(trainer))
     with phases.phase("train"):
-        outcome = trainer.train(resume_from_checkpoint=_checkpoint(recipe))
+        outcome = trainer.train(resume_from_checkpoint=_resume(args))
     with phases.phase("evaluate"):
         evaluation = (_fresh_evaluation(trainer) or trainer.evaluate()) if test is not None else {}
     with phases.phase("save"):
-        trainer.save_model(recipe.output_dir)
+        trainer.save_model(recipe.output_dir, _internal_call=True)  # the push comes when the report is written
     results = {
         "train": {**_last_logged(trainer), **outcome.metrics},
         "eval": evaluation,
         "data": {"train": data.reports["tokens"], **({"eval": test.reports["tokens"]} if test else {})},
         "rows": {"train": data.reports["data"], **({"eval": test.reports["data"]} if test else {})},
+        "fingerprint": {"train": data.fingerprint, **({"eval": test.fingerprint} if test else {})},
         "reference": trainer.reference.summary,
         "steps": trainer.state.global_step,
         "tokens": trainer.state.num_input_tokens_seen,
@@ -85,6 +89,8 @@ def train(recipe: Recipe) -> dict[str, Any]:
     }
     if PartialState().is_main_process:
         write_report(recipe, objective, results)
+        if args.push_to_hub:
+            trainer.push_run()
     PartialState().wait_for_everyone()
     return results
 
@@ -222,10 +228,12 @@ def _texts(examples: Sequence[Example]) -> Iterator[str]:
             yield from (message["content"] or "" for message in part or [] if isinstance(message, dict))
 
 
-def _checkpoint(recipe: Recipe) -> str | bool:
-    """The checkpoint to go on from: the one named, else the newest whole one in the run folder."""
-    named = recipe.training.get("resume_from_checkpoint")
-    return str(named) if named else True
+def _resume(args: PreferenceConfig) -> str:
+    """Where the run goes on from; a checkpoint of another folder only until this one has checkpoints of its own."""
+    named, output_dir = args.resume, Path(str(args.output_dir))
+    if named in (AUTO, NEVER) or Path(named).resolve().is_relative_to(output_dir.resolve()):
+        return named
+    return str(checkpoint_to_resume(AUTO, str(output_dir)) or named)
 
 
 def _fresh_evaluation(trainer: PreferenceTrainer) -> dict[str, float]:

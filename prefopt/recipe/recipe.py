@@ -51,7 +51,8 @@ class Recipe:
 
     def training_arguments(self, **extra: Any) -> PreferenceConfig:
         """The settings as the trainer takes them; `extra` goes over what the recipe says."""
-        settings: dict[str, Any] = {**self.training, "output_dir": self.output_dir}
+        # A script in Python minds its own signals unless it says otherwise.
+        settings: dict[str, Any] = {"enable_jit_checkpoint": True, **self.training, "output_dir": self.output_dir}
         if self.loss_weights:
             settings["loss_weights"] = list(self.loss_weights)
         if self.reference != ReferenceSection():

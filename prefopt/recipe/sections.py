@@ -7,7 +7,7 @@ from glob import glob
 from pathlib import Path
 from typing import Any
 
-from prefopt.config import COUNT, REFERENCE_SOURCES, Range
+from prefopt.config import COUNT, POSITIVE, REFERENCE_SOURCES, Range
 from prefopt.data.spec import DataSpec
 
 
@@ -157,11 +157,28 @@ class ReferenceSection:
     source: str = field(
         default="auto",
         metadata=about(
-            "auto: as the loss needs. live: scored beside the policy. none: there is none.", choices=REFERENCE_SOURCES
+            "cached: every answer is scored once, before training, and found again by later runs. live: scored "
+            "beside the policy, step by step. auto: cached, unless that is more work or there is no room for it. "
+            "none: there is none.",
+            choices=REFERENCE_SOURCES,
         ),
     )
     model: str | None = field(default=None, metadata=about("A Hub name or a local folder."))
     revision: str | None = field(default=None, metadata=about("Branch, tag or commit of that model."))
+    store: str | None = field(
+        default=None,
+        metadata=about("Folder of the store; $PREFOPT_STORE or one in the user's cache when not set."),
+    )
+    max_gb: float | None = field(
+        default=None,
+        metadata=about("Most gigabytes the store may hold; the disk alone decides when not set.", within=POSITIVE),
+    )
+    batch_size: int | None = field(
+        default=None,
+        metadata=about(
+            "Answers the reference scores at once; eight for each row of a batch when not set.", within=COUNT
+        ),
+    )
 
 
 @dataclass(frozen=True)

@@ -25,12 +25,14 @@ _REFERENCE_ADAPTER = "_reference"
 class Reference(Protocol):
     """A source of reference scores.
 
-    `is_start` says that the reference is the policy as training begins, so that every margin is 0 there; `summary` is
-    one line for the log.
+    `is_start` says that the reference is the policy as training begins, so that every margin is 0 there.
     """
 
     is_start: bool
-    summary: str
+
+    @property
+    def summary(self) -> str:
+        """One line for the log."""
 
     def prepare(self, accelerator: Accelerator) -> None:
         """Place what the source holds; called once, after the accelerator exists."""
@@ -113,18 +115,34 @@ class AdapterOff:
             tuner.set_adapter(active)
 
 
+class StartingPolicy:
+    """The policy itself, which is its own reference until training moves it: no second model is held."""
+
+    is_start = True
+    summary = "live: the starting policy"
+
+    def prepare(self, accelerator: Accelerator) -> None:
+        pass
+
+    def scores(self, policy: nn.Module, batch: dict[str, Any]) -> dict[str, Tensor]:
+        with evaluating(policy):
+            return {"ref_logp": policy(**plan_of(batch))["logp"]}
+
+
 def plan_reference(
     need: str,
     policy: nn.Module,
     *,
     fresh_adapter: bool,
     explicit: nn.Module | None = None,
+    before_training: bool = False,
 ) -> Reference:
     """Choose the source for a loss that needs `none` or `logp`, before training moves the policy.
 
     `fresh_adapter`: the adapter was just made, so switching it off gives the starting policy, unless its configuration
-    has it start elsewhere (PiSSA). `explicit`: a model that was asked for by name, whose margins need not be 0. Raises
-    `UserError` for one that cannot be the reference.
+    has it start elsewhere (PiSSA). `explicit`: a model that was asked for by name, whose margins need not be 0.
+    `before_training`: all is scored before the policy moves, so that it needs no copy. Raises `UserError` for one that
+    cannot be the reference.
     """
     if need == "none":
         if explicit is not None:
@@ -135,7 +153,11 @@ def plan_reference(
         return FrozenModel(explicit, is_start=False, summary="live: the model given")
     if isinstance(policy, PeftModel) and not _trains_its_base(policy):
         adds_nothing = fresh_adapter and _starts_at_zero(policy)
+        if before_training and not adds_nothing:
+            return StartingPolicy()
         return AdapterOff(None if adds_nothing else _copy_adapter(policy))
+    if before_training:
+        return StartingPolicy()
     if any(hasattr(parameter, "ds_id") for parameter in policy.parameters()):
         raise UserError("ZeRO-3 holds the policy in pieces, which cannot be copied: name its path as `reference.model`")
     return FrozenModel(copy.deepcopy(policy), is_start=True, summary="live: a frozen copy of the starting policy")

@@ -22,6 +22,7 @@ CARD_FILE = "README.md"
 
 # In this order at the head of the results table; any other metric follows by name.
 FIRST_METRICS = ("loss", "rewards/accuracies", "rewards/margins", "rewards/chosen", "rewards/rejected", "entropy")
+_SHOWN = 16  # digits of a fingerprint in the card
 _BOOKKEEPING = re.compile(r"^(train_)?(epoch|step|total_flos|runtime|.*_per_second|learning_rate|grad_norm)$")
 _HUB_NAME = re.compile(r"^[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?$")
 _ARXIV = re.compile(r"arXiv[:\s]\s*(\d{4}\.\d{4,5})", re.IGNORECASE)
@@ -51,6 +52,7 @@ def write_card(
         license=license,
         adapter=(folder / "adapter_config.json").exists(),
         chat=(folder / "chat_template.jinja").exists(),
+        recipe_file=(folder / "recipe.yaml").exists(),
     )
     path = folder / CARD_FILE
     write_whole(path, text)
@@ -68,24 +70,29 @@ def model_card(
     license: str | None = None,
     adapter: bool = False,
     chat: bool = False,
+    recipe_file: bool = False,
+    note: str = "",
 ) -> str:
     """The text of a card: a YAML header the Hub reads, then Markdown.
 
     `results` may hold `train` and `eval` (final figures by metric), `data` (a token report as a dict for each split,
-    or just `{"kept": n, "dropped": {reason: n}}`), `versions` and `devices`; whatever is absent is left out. `plots`
-    are linked as `plots/NAME`. `base_model` is the recipe's model where not given.
+    or just `{"kept": n, "dropped": {reason: n}}`), `fingerprint` (a hash for each split), `versions` and `devices`;
+    whatever is absent is left out. `plots` are linked as `plots/NAME`. `base_model` is the recipe's model where not
+    given. `recipe_file`: the recipe lies beside the card. `note` is put under the title.
     """
-    recipe, results = publishable(recipe), publishable(results)
     base = base_model or recipe.get("model_name_or_path")
+    recipe, results = publishable(recipe), publishable(results)
+    own_base = str(publishable(base or "base")) if adapter and not on_hub(base) else ""
     docs = {name: (loss_docs or {}).get(name, "") for name in loss_names(recipe)}
     sections = [
         f"# {publishable(title)}",
-        _introduction(_start(base), _datasets(recipe), docs, adapter),
+        note,
+        _introduction(_start(base, adapter), _datasets(recipe), docs, adapter),
         _results_section(results),
         _curves_section(plots),
-        _data_section(results.get("data", {})),
-        _usage_section(publishable(title), chat),
-        _recipe_section(recipe),
+        _data_section(results.get("data", {}), results.get("fingerprint", {})),
+        _usage_section(publishable(title), chat, own_base),
+        _recipe_section(reproducible(recipe), recipe_file),
         _versions_section(results),
         _papers_section(docs),
     ]
@@ -93,9 +100,23 @@ def model_card(
     return f"---\n{header}\n---\n\n" + "\n\n".join(section for section in sections if section) + "\n"
 
 
+def addressed(text: str, repo: str) -> str:
+    """A card under the name it has on the Hub, which need not be known when it is written."""
+    title = re.search(r"^# (.+)$", text, re.MULTILINE)
+    if title is None or title[1] == repo:
+        return text
+    text = text.replace(f"\n# {title[1]}\n", f"\n# {repo}\n", 1)
+    return re.sub(rf'((model=|\(base, )"){re.escape(title[1])}"', rf'\g<1>{repo}"', text)
+
+
 def publishable(value: Any) -> Any:
     """A copy that may leave the machine: without secrets, and with the last part alone of each absolute path."""
     return _without_paths(plain(without_secrets(value)))
+
+
+def reproducible(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """A recipe as others get it: it makes the model again, and does not push it to where this one was pushed."""
+    return {name: value for name, value in recipe.items() if name != "push_to_hub" and not name.startswith("hub_")}
 
 
 def loss_names(recipe: Mapping[str, Any]) -> list[str]:
@@ -121,8 +142,8 @@ def _without_paths(value: Any) -> Any:
 
 def _header(base: str | None, recipe: Mapping[str, Any], losses: list[str], license: str | None, adapter: bool) -> str:
     data = ModelCardData(
-        base_model=base if _on_hub(base) else None,
-        datasets=[name for name in _datasets(recipe) if _on_hub(name)] or None,
+        base_model=base if on_hub(base) else None,
+        datasets=[name for name in _datasets(recipe) if on_hub(name)] or None,
         library_name="peft" if adapter else "transformers",
         license=license,
         pipeline_tag="text-generation",
@@ -131,15 +152,15 @@ def _header(base: str | None, recipe: Mapping[str, Any], losses: list[str], lice
     return str(data.to_yaml())
 
 
-def _on_hub(name: str | None) -> bool:
-    """Whether this reads as a name on the Hub: the header may hold nothing else, or the Hub refuses the card."""
+def on_hub(name: str | None) -> bool:
+    """Whether this reads as a name on the Hub, and is no folder here: a card's header may hold nothing else."""
     return bool(name) and _HUB_NAME.match(str(name)) is not None and not Path(str(name)).exists()
 
 
-def _start(base: str | None) -> str:
+def _start(base: str | None, adapter: bool) -> str:
     if not base:
-        return "from scratch"
-    return "from " + (f"[{base}](https://huggingface.co/{base})" if _on_hub(base) else f"`{publishable(base)}`")
+        return "on a model that has no name" if adapter else "from scratch"
+    return "from " + (f"[{base}](https://huggingface.co/{base})" if on_hub(base) else f"`{publishable(base)}`")
 
 
 def _datasets(recipe: Mapping[str, Any]) -> list[str]:
@@ -196,14 +217,22 @@ def _curves_section(plots: Sequence[Path]) -> str:
     return "\n\n".join(["## Curves", *images, *single])
 
 
-def _data_section(data: Mapping[str, Any]) -> str:
+def _data_section(data: Mapping[str, Any], fingerprints: Mapping[str, str]) -> str:
     if not data:
         return ""
-    lines = ["## Data", "", "| split | rows used | left out |", "| --- | ---: | --- |"]
+    rows = [["split", "rows used", "left out"], ["---", "---:", "---"]]
+    data = dict(sorted(data.items(), key=lambda split: split[0] != "train"))
     for split, counts in data.items():
         dropped = {reason: _count(tally) for reason, tally in counts.get("dropped", {}).items()}
         left_out = [f"{count} ({reason.replace('_', ' ')})" for reason, count in dropped.items() if count]
-        lines.append(f"| {split} | {counts.get('kept', '')} | {', '.join(left_out) or 'none'} |")
+        rows.append([split, str(counts.get("kept", "")), ", ".join(left_out) or "none"])
+    if fingerprints:
+        marks = [f"`{fingerprints[split][:_SHOWN]}`" if split in fingerprints else "" for split in data]
+        rows = [[*row, mark] for row, mark in zip(rows, ["fingerprint", "---", *marks], strict=True)]
+    lines = ["## Data", "", *(f"| {' | '.join(row)} |" for row in rows)]
+    if fingerprints:
+        whole = "all of them are in `results.json`"
+        lines += ["", f"A fingerprint is the SHA-256 of a split's token rows: its first {_SHOWN} digits here, {whole}."]
     return "\n".join(lines)
 
 
@@ -212,22 +241,33 @@ def _count(tally: Any) -> int:
     return int(tally["count"] if isinstance(tally, Mapping) else tally)
 
 
-def _usage_section(title: str, chat: bool) -> str:
+def _usage_section(title: str, chat: bool, own_base: str) -> str:
+    """How a reader loads the model; an adapter whose base is nowhere to be found is laid over a copy of their own."""
     prompt = '[{"role": "user", "content": "Why is the sky blue?"}]' if chat else '"The sky is blue because"'
-    code = (
-        "from transformers import pipeline\n\n"
-        f'generate = pipeline("text-generation", model="{title}")\n'
-        f"answer = generate({prompt}, max_new_tokens=128, return_full_text=False)\n"
-        'print(answer[0]["generated_text"])'
-    )
-    return f"## How to use\n\n```python\n{code}\n```"
+    code = [
+        "from transformers import pipeline",
+        "",
+        f'generate = pipeline("text-generation", model="{title}")',
+        f"answer = generate({prompt}, max_new_tokens=128, return_full_text=False)",
+        'print(answer[0]["generated_text"])',
+    ]
+    if own_base:
+        code = [
+            "from peft import PeftModel",
+            "from transformers import AutoModelForCausalLM",
+            "",
+            f'base = AutoModelForCausalLM.from_pretrained("path/to/{own_base}")  # not on the Hub',
+            f'model = PeftModel.from_pretrained(base, "{title}")',
+        ]
+    return "\n".join(["## How to use", "", "```python", *code, "```"])
 
 
-def _recipe_section(recipe: Mapping[str, Any]) -> str:
+def _recipe_section(recipe: Mapping[str, Any], recipe_file: bool) -> str:
     text = yaml.safe_dump(dict(recipe), sort_keys=False, allow_unicode=True).strip()
     fence = "````" if "```" in text else "```"
+    command = "`prefopt train recipe.yaml` makes this model again, from the same data.\n\n" if recipe_file else ""
     return (
-        "## Recipe\n\n<details>\n<summary>The whole recipe, as resolved for this run</summary>\n\n"
+        f"## Recipe\n\n{command}<details>\n<summary>The whole recipe, as resolved for this run</summary>\n\n"
         f"{fence}yaml\n{text}\n{fence}\n\n</details>"
     )
 

@@ -59,7 +59,7 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
 class MetricsFile(TrainerCallback):
     """Writes every logging event of a run to `metrics.jsonl` in its output folder, from the first rank only.
 
-    A run that resumes repeats the steps after its checkpoint, so it first drops their lines: no step appears twice.
+    A run that resumes begins with the events its checkpoint knows of, so no step appears twice.
     """
 
     def __init__(self) -> None:
@@ -70,12 +70,12 @@ class MetricsFile(TrainerCallback):
     ) -> None:
         """Make the file agree with the step at which training starts."""
         path = Path(str(args.output_dir)) / METRICS_FILE
-        if not state.is_world_process_zero or not path.exists():
+        if not state.is_world_process_zero:
             return
-        if state.global_step == 0 and not self._has_written:
-            path.unlink()  # left by an earlier run in the same folder
-        else:
-            _drop_after(path, state.global_step)
+        if state.global_step:
+            write_whole(path, "".join(_dumps(_event(line)) + "\n" for line in state.log_history))
+        elif not self._has_written:
+            path.unlink(missing_ok=True)  # left by an earlier run in the same folder
 
     def on_log(
         self,
@@ -158,17 +158,20 @@ def plain(value: Any) -> Any:
 def write_whole(path: Path, text: str) -> None:
     """Put `text` into the file `path` in one step: a reader sees the old file or the new one, never half of it."""
     temporary = path.with_name(f"_{path.name}.tmp")  # names with `_` in front are never pushed to the Hub
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        with open(temporary, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
-def _drop_after(path: Path, step: int) -> None:
-    """Keep the events up to `step`, without the closing summary, which the resumed run writes again."""
-    kept = [event for event in read_metrics(path) if event.get("step", 0) <= step and "train_runtime" not in event]
-    write_whole(path, "".join(_dumps(event) + "\n" for event in kept))
+def _event(line: Mapping[str, Any]) -> dict[str, Any]:
+    """A line of the Trainer's history as it stands in the file: step and epoch in front."""
+    return {"step": line["step"], "epoch": line.get("epoch"), **line}
 
 
 def _dumps(metrics: Mapping[str, Any]) -> str:

@@ -2,23 +2,35 @@
 
 from __future__ import annotations
 
+import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
-from tests.distributed.worker import CASES, resume, run
+from prefopt.errors import UserError
+from tests.distributed.worker import CASES, RESUMED, logged, resume, run
+from tests.helpers import text_pairs
+from tests.training import make_trainer
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")
-def two_ranks(tmp_path_factory):
+def ranks_folder(tmp_path_factory):
+    """Where two ranks leave their runs."""
+    return tmp_path_factory.mktemp("ranks")
+
+
+@pytest.fixture(scope="module")
+def two_ranks(ranks_folder):
     """What each of two gloo ranks found for every case; a hang is a failure."""
-    folder = tmp_path_factory.mktemp("ranks")
+    folder = ranks_folder
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     command = [*launch, "-m", "tests.distributed.worker", str(folder)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
@@ -57,6 +69,40 @@ def test_a_resumed_run_ends_with_the_same_bits(tmp_path, two_ranks):
     for found in (resume(str(tmp_path), world=1), *(rank["resume"] for rank in two_ranks)):
         assert torch.equal(found["whole"], found["resumed"])
         assert found["tokens"][0] == found["tokens"][1]
+
+
+def test_a_signal_to_one_rank_stops_both_after_the_same_step(two_ranks):
+    for found in two_ranks:
+        assert found["interrupted"] == {"status": 143, "stopped after": 7, "same": True}
+
+
+def test_both_ranks_hear_a_refusal(two_ranks):
+    first, second = (found["refused"] for found in two_ranks)
+    assert first == second
+    assert "per_device_train_batch_size: 2 in the checkpoint, 4 now" in first
+
+
+def test_a_run_of_two_ranks_goes_on_with_one_when_that_is_allowed(tmp_path, two_ranks, ranks_folder, capsys):
+    """The same rows a step give the same steps, up to rounding; without a word it is refused."""
+    run = tmp_path / "run"
+    shutil.copytree(ranks_folder / "interrupted" / "whole", run)
+    whole = load_file(run / "checkpoint-12" / "model.safetensors")
+    lines = json.loads((run / "checkpoint-12" / "trainer_state.json").read_text())["log_history"]
+    for folder in run.glob("checkpoint-1*"):
+        shutil.rmtree(folder)
+    settings = {**RESUMED, "per_device_train_batch_size": 2}
+    with pytest.raises(UserError, match=r"\n  world_size: 2 in the checkpoint, 1 now\n"):
+        make_trainer(run, text_pairs(13), **settings).train(resume_from_checkpoint="auto")
+    allowed = {"gradient_accumulation_steps": 2, "allow_change": ["world_size", "gradient_accumulation_steps"]}
+    trainer = make_trainer(run, text_pairs(13), **settings, **allowed)
+    trainer.train(resume_from_checkpoint="auto")
+    assert "resume: allowed: world_size: 2 in the checkpoint, 1 now" in capsys.readouterr().out
+    for name, value in trainer.model.state_dict().items():
+        torch.testing.assert_close(value, whole.get(name, value), atol=1e-5, rtol=0)
+    for ours, theirs in zip(logged(trainer), lines, strict=False):
+        for name in theirs:
+            assert ours[name] == pytest.approx(theirs[name], rel=1e-3, abs=1e-5), name
+    assert trainer.state.global_step == 12
 
 
 def test_all_ranks_stop_and_name_the_rows_of_the_one_that_failed(two_ranks):

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 import os
+import signal
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ import torch
 from peft import LoraConfig
 from transformers import TrainerCallback
 
-from prefopt.errors import NonFiniteError
+from prefopt.errors import NonFiniteError, Stopped, UserError
 from tests.helpers import text_pairs
 from tests.training import CentredLoss, make_trainer, weights
 
@@ -114,12 +116,73 @@ def stop(folder: str, world: int) -> str:
     return ""
 
 
+RESUMED: dict[str, Any] = {
+    "num_train_epochs": 3,
+    "optim": "adamw_torch",
+    "learning_rate": 1e-2,
+    "save_strategy": "steps",
+    "save_steps": 6,
+    "logging_steps": 4,
+}
+
+
+class Signal(TrainerCallback):
+    """Sends SIGTERM to one rank alone in the middle of a step, and waits until it has been heard."""
+
+    def __init__(self, rank: int, step: int) -> None:
+        self.rank, self.step = rank, step
+        self.trainer: Any = None
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if (args.process_index, state.global_step) == (self.rank, self.step):
+            os.kill(os.getpid(), signal.SIGTERM)
+            while not self.trainer.sigterm.asked:
+                time.sleep(0.001)
+
+
+def interrupted(folder: str, world: int) -> dict[str, Any]:
+    """What a run ends with whose last rank alone is told to end in step 7, and that is then started again."""
+    settings = {**RESUMED, "per_device_train_batch_size": 4 // world, "enable_jit_checkpoint": True}
+    whole = make_trainer(f"{folder}/whole", text_pairs(13), **settings)
+    whole.train()
+    ours = Signal(world - 1, 6)
+    ours.trainer = make_trainer(f"{folder}/cut", text_pairs(13), callbacks=[ours], **settings)
+    try:
+        ours.trainer.train()
+    except Stopped as stop:
+        status = stop.code
+    again = make_trainer(f"{folder}/cut", text_pairs(13), **settings)
+    again.train(resume_from_checkpoint="auto")
+    return {
+        "status": status,
+        "stopped after": ours.trainer.state.global_step,
+        "same": torch.equal(weights(whole.model), weights(again.model)) and logged(whole) == logged(again),
+    }
+
+
+def logged(trainer: Any) -> list[dict[str, float]]:
+    """The lines of a run's log."""
+    return [line for line in trainer.state.log_history if "loss" in line]
+
+
+def refused(folder: str, world: int) -> str:
+    """What every rank hears of a checkpoint that only the first one has read."""
+    trainer = make_trainer(folder, text_pairs(13), **RESUMED, per_device_train_batch_size=4)
+    try:
+        trainer.train(resume_from_checkpoint="auto")
+    except UserError as error:
+        return str(error)
+    return ""
+
+
 def main(folder: str) -> None:
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     torch.set_num_threads(1)
     found = {name: run(case, folder, world) for name, case in CASES.items()}
     found["resume"] = resume(f"{folder}/resume", world)
     found["stop"] = stop(f"{folder}/stop", world)
+    found["interrupted"] = interrupted(f"{folder}/interrupted", world)
+    found["refused"] = refused(f"{folder}/interrupted/whole", world)
     torch.save(found, Path(folder) / f"rank{rank}.pt")
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()

@@ -105,8 +105,11 @@ def run(loss: Loss, micro: Micro) -> Any:
 
 
 def full_view(loss: Loss, micro: Micro) -> Pairs | Completions:
-    """The view of a loss, estimates included."""
-    parts = Objective([(1.0, loss)]).estimates(micro.scores, micro.sides, micro.columns)
+    """The view of a loss, estimates included; mismatched answers are others, the same ones each time."""
+    objective = Objective([(1.0, loss)])
+    other = random_micro(seed=99, dtype=micro.scores.logp.dtype)
+    parts = objective.estimates(micro.scores, micro.sides, micro.columns)
+    parts |= objective.estimates(other.scores, other.sides, other.columns, mismatched=True)
     quotients = {name.removeprefix("0/"): total / count for name, (total, count) in parts.items()}
     return micro.view(loss.needs, quotients)
 

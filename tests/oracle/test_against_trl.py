@@ -1,75 +1,82 @@
-"""The trainer against two others: TRL's on the same rows and weights, and the formula in float64 from plain logits.
+"""Our trainer against TRL's on the same rows and weights: token ids, losses, every gradient, a step and its log.
 
-A policy and a reference that differ, so that margins are not 0 and the loss is not ln 2.
+TRL's names and conventions, where they are not ours, stand beside each case; what TRL lacks or computes otherwise is in
+the last section. DPOP, ODPO and SLiC's target term have no counterpart there.
 """
 
 from __future__ import annotations
 
-import json
-from itertools import islice
+from dataclasses import replace
+from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
-import torch
 from datasets import Dataset
-from torch.nn.functional import logsigmoid
-from transformers import GPT2Config, GPT2LMHeadModel
-from trl import DPOConfig, DPOTrainer
 
-from prefopt.config import PreferenceConfig
-from prefopt.scratch import train_tokenizer
-from prefopt.trainer import PreferenceTrainer
-from tests import helpers
-
-BETA = 0.1
-TOLERANCE = 1e-5
-# Our name of a loss, TRL's name of it.
-LOSSES = {"dpo": "sigmoid", "sft": "sft"}
-MIXTURES = [(("dpo",), None), (("sft",), None), (("dpo", "sft"), [1.0, 0.5])]
-ONE_STEP = {
-    "max_steps": 1, "learning_rate": 1.0, "optim": "sgd", "lr_scheduler_type": "constant", "max_grad_norm": 0.0,
-    "per_device_train_batch_size": 8, "logging_steps": 1, "save_strategy": "no", "report_to": "none",
-    "use_cpu": True, "bf16": False, "disable_tqdm": True,
-}  # fmt: skip
+from tests.oracle import trainers
+from tests.oracle.trainers import (
+    TOLERANCE,
+    Terms,
+    assert_equal,
+    loss_and_gradients,
+    ours,
+    trl_cpo,
+    trl_dpo,
+    trl_kto,
+)
 
 
-def noisy(model, seed: int):
-    """The model, now far enough from uniform that a wrong token, mask or sign shows in the first digits."""
-    random = torch.Generator().manual_seed(seed)
-    for parameter in model.parameters():
-        parameter.data += 0.1 * torch.randn(parameter.shape, generator=random).to(parameter)
-    return model
+class Case(NamedTuple):
+    """Our losses, with weights and knobs, and TRL's settings of the same objective."""
+
+    label: str
+    terms: Terms
+    settings: dict[str, Any]
 
 
-def policy(tokenizer):
-    return noisy(helpers.make_model(vocab_size=len(tokenizer)), 1)
-
-
-def reference(tokenizer):
-    return noisy(helpers.make_model(vocab_size=len(tokenizer)), 2)
-
-
-@pytest.fixture(scope="module")
-def text(tokenizer):
-    """Plain text, answers of 2 to 10 words."""
-    return tokenizer, helpers.text_pairs(8), 1024
-
-
-@pytest.fixture(scope="module")
-def real(shared_data):
-    """Real conversations, hundreds of tokens each, and a tokenizer trained on them."""
-    with open(shared_data / "judged_pairs_eval.jsonl", encoding="utf-8") as lines:
-        rows = [json.loads(line) for line in islice(lines, 8)]
-    rows = [{part: row[part] for part in ("prompt", "chosen", "rejected")} for row in rows]
-    texts = [message["content"] for row in rows for part in row.values() for message in part]
-    return train_tokenizer(texts, 600, chat=True), rows, 1024
-
-
-@pytest.fixture(scope="module")
-def cut(real):
-    """The same conversations with a limit that cuts the end of most answers, but no prompt."""
-    tokenizer, rows, _ = real
-    prompts = (tokenizer.apply_chat_template(row["prompt"], add_generation_prompt=True)["input_ids"] for row in rows)
-    return tokenizer, rows, max(map(len, prompts)) + 20
+DPO = Case("dpo", [(1.0, "dpo", {})], {"loss_type": ["sigmoid"], "beta": 0.1})
+SFT = Case("sft", [(1.0, "sft", {})], {"loss_type": ["sft"]})
+DPO_AND_SFT = Case(
+    "dpo+sft", [(1.0, "dpo", {}), (0.5, "sft", {})], {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, 0.5]}
+)
+WITH_REFERENCE = [
+    DPO,
+    SFT,
+    DPO_AND_SFT,
+    Case("hinge", [(1.0, "hinge", {"beta": 0.1})], {"loss_type": ["hinge"], "beta": 0.1}),
+    Case("ipo", [(1.0, "ipo", {"beta": 0.3})], {"loss_type": ["ipo"], "beta": 0.3}),
+    Case(
+        "dpo+ipo",
+        [(0.7, "dpo", {"beta": 0.3}), (2.0, "ipo", {"beta": 0.3})],
+        {"loss_type": ["sigmoid", "ipo"], "loss_weights": [0.7, 2.0], "beta": 0.3},
+    ),
+    Case("rdpo", [(1.0, "rdpo", {"label_smoothing": 0.2})], {"loss_type": ["robust"], "label_smoothing": 0.2}),
+    # TRL has no cDPO. Its `robust` only warns of a negative rate, and at -e / (1 - 2e) it is cDPO at the rate e.
+    Case("cdpo", [(1.0, "cdpo", {"label_smoothing": 0.2})], {"loss_type": ["robust"], "label_smoothing": -0.2 / 0.6}),
+    Case("fdpo-forward_kl", [(1.0, "fdpo", {"divergence": "forward_kl"})], {"f_divergence_type": "forward_kl"}),
+    Case("fdpo-js", [(1.0, "fdpo", {"divergence": "js"})], {"f_divergence_type": "js_divergence"}),
+    # TRL's coefficient is 1 - alpha of the paper.
+    Case(
+        "fdpo-alpha",
+        [(1.0, "fdpo", {"divergence": "alpha", "alpha": 0.3})],
+        {"f_divergence_type": "alpha_divergence", "f_alpha_divergence_coef": 0.7},
+    ),
+]
+# TRL's `simpo_gamma` is gamma; its trainer adds a likelihood term with weight 1 unless `cpo_alpha` is 0.
+WITHOUT_REFERENCE = [
+    Case(
+        "simpo-gamma",
+        [(1.0, "simpo", {"beta": 2.5, "gamma": 0.5})],
+        {"loss_type": "simpo", "beta": 2.5, "simpo_gamma": 0.5, "cpo_alpha": 0.0},
+    ),
+    Case("simpo", [(1.0, "simpo", {})], {"loss_type": "simpo", "beta": 2.0, "simpo_gamma": 1.0, "cpo_alpha": 0.0}),
+    # At beta 1 TRL's hinge is SLiC's with delta 1; its likelihood term is a mean over tokens: `sft`, not the target.
+    Case(
+        "slic",
+        [(1.0, "slic", {"delta": 1.0, "target_weight": 0.0}), (0.5, "sft", {})],
+        {"loss_type": "hinge", "beta": 1.0, "cpo_alpha": 0.5},
+    ),
+]
 
 
 @pytest.fixture(params=["text", "cut"])
@@ -77,58 +84,21 @@ def data(request):
     return request.getfixturevalue(request.param)
 
 
-def ours(data, folder, losses=("dpo",), weights=None, **settings):
-    tokenizer, rows, limit = data
-    needs_reference = "dpo" in losses
-    args = PreferenceConfig(
-        output_dir=str(folder / "ours"), max_length=limit, loss_weights=weights, activation_checkpointing=False,
-        **{**ONE_STEP, **settings},
-    )  # fmt: skip
-    return PreferenceTrainer(
-        policy(tokenizer),
-        reference(tokenizer) if needs_reference else None,
-        args,
-        list(losses),
-        train_dataset=Dataset.from_list(rows),
-        processing_class=tokenizer,
-    )
+@pytest.fixture(params=["text_without_bos", "cut"])
+def data_for_cpo(request):
+    return request.getfixturevalue(request.param)
 
 
-def theirs(data, folder, losses=("dpo",), weights=None):
-    tokenizer, rows, limit = data
-    args = DPOConfig(
-        output_dir=str(folder / "theirs"), max_length=limit, loss_type=[LOSSES[loss] for loss in losses],
-        loss_weights=weights, beta=BETA, gradient_checkpointing=False, **ONE_STEP,
-    )  # fmt: skip
-    return DPOTrainer(
-        policy(tokenizer),
-        reference(tokenizer),
-        args,
-        train_dataset=Dataset.from_list(rows),
-        processing_class=tokenizer,
-    )
+def cases(listed: list[Case]) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize("case", listed, ids=[case.label for case in listed])
 
 
-def whole_batch(trainer):
-    dataset = trainer.train_dataset
-    return trainer.data_collator([dataset[index] for index in range(len(dataset))])
-
-
-def loss_and_gradients(trainer):
-    loss = trainer.compute_loss(trainer.model, whole_batch(trainer))
-    loss.backward()
-    return loss.item(), {name: parameter.grad for name, parameter in trainer.model.named_parameters()}
-
-
-def assert_equal(found, expected, tolerance=TOLERANCE):
-    assert found.keys() == expected.keys()
-    wrong = {name: (found[name] - expected[name]).abs().max().item() for name in expected}
-    assert not {name: difference for name, difference in wrong.items() if not difference <= tolerance}
+# ---- rows -----------------------------------------------------------------------------------------------------------
 
 
 def test_token_rows_are_those_of_trl(data, tmp_path):
     """Equal ids and equal borders: without them no comparison below would mean anything."""
-    mine, other = (make(data, tmp_path).train_dataset for make in (ours, theirs))
+    mine, other = (make(data, tmp_path).train_dataset for make in (ours, trl_dpo))
     limit = data[2]
     for row, expected in zip(mine, other, strict=True):
         for side in ("chosen", "rejected"):
@@ -136,6 +106,14 @@ def test_token_rows_are_those_of_trl(data, tmp_path):
             assert ids == [*expected["prompt_ids"], *expected[f"{side}_ids"]][:limit]
             assert len(row["prompt_ids"]) == len(expected["prompt_ids"])
             assert all(row[f"{side}_scored"])
+
+
+def test_token_rows_are_those_of_the_cpo_trainer(data_for_cpo, tmp_path):
+    mine, other = (make(data_for_cpo, tmp_path).train_dataset for make in (ours, trl_cpo))
+    for row, expected in zip(mine, other, strict=True):
+        for side in ("chosen", "rejected"):
+            assert [*row["prompt_ids"], *row[f"{side}_ids"]] == expected[f"{side}_input_ids"]
+            assert sum(label != -100 for label in expected[f"{side}_labels"]) == len(row[f"{side}_ids"])
 
 
 def test_the_limit_cuts_something(cut):
@@ -148,27 +126,101 @@ def test_the_limit_cuts_something(cut):
     assert sum(length > limit for length in lengths) >= 4
 
 
-@pytest.mark.parametrize(("losses", "weights"), MIXTURES)
-def test_loss_and_every_gradient(data, losses, weights, tmp_path):
-    found, gradients = loss_and_gradients(ours(data, tmp_path, losses, weights))
-    expected, their_gradients = loss_and_gradients(theirs(data, tmp_path, losses, weights))
-    assert found == pytest.approx(expected, abs=TOLERANCE)
+# ---- losses ---------------------------------------------------------------------------------------------------------
+
+
+def compare(mine, other):
+    found, gradients = loss_and_gradients(mine)
+    expected, their_gradients = loss_and_gradients(other)
+    assert found == pytest.approx(expected, abs=TOLERANCE, rel=TOLERANCE)
     assert_equal(gradients, their_gradients)
     assert max(gradient.abs().max() for gradient in gradients.values()) > 1000 * TOLERANCE
+
+
+@cases(WITH_REFERENCE)
+def test_loss_and_every_gradient(data, case, tmp_path):
+    compare(ours(data, tmp_path, case.terms), trl_dpo(data, tmp_path, **case.settings))
+
+
+@cases(WITHOUT_REFERENCE)
+def test_loss_and_every_gradient_without_a_reference(data_for_cpo, case, tmp_path):
+    compare(ours(data_for_cpo, tmp_path, case.terms), trl_cpo(data_for_cpo, tmp_path, **case.settings))
 
 
 def test_answers_of_a_thousand_tokens(real, tmp_path):
     """Sums of thousands of nats that differ by tens: what rounding leaves of the margin shows in every gradient."""
     found, gradients = loss_and_gradients(ours(real, tmp_path))
-    expected, their_gradients = loss_and_gradients(theirs(real, tmp_path))
+    expected, their_gradients = loss_and_gradients(trl_dpo(real, tmp_path))
     largest = max(gradient.abs().max().item() for gradient in their_gradients.values())
     assert found == pytest.approx(expected, abs=TOLERANCE)
     assert_equal(gradients, their_gradients, TOLERANCE * largest)
 
 
-@pytest.mark.parametrize(("losses", "weights"), [MIXTURES[0], MIXTURES[2]])
-def test_one_step_and_its_log(data, losses, weights, tmp_path):
-    mine, other = ours(data, tmp_path, losses, weights), theirs(data, tmp_path, losses, weights)
+# ---- single answers -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(params=["text", "cut"])
+def labelled(request):
+    """One answer to each prompt, good and bad ones in turn."""
+    tokenizer, rows, limit = request.getfixturevalue(request.param)
+    sides = ["chosen", "rejected", "rejected", "chosen", "chosen", "chosen", "rejected", "chosen"]
+    single = [
+        {"prompt": row["prompt"], "completion": row[side], "label": side == "chosen"}
+        for row, side in zip(rows, sides, strict=True)
+    ]
+    return tokenizer, single, limit
+
+
+KTO = Case(
+    "kto",
+    [(1.0, "kto", {"beta": 0.3, "desirable_weight": 1.2, "undesirable_weight": 0.8})],
+    {"beta": 0.3, "desirable_weight": 1.2, "undesirable_weight": 0.8},
+)
+APO_ZERO = Case("kto-z0=zero", [(1.0, "kto", {"z0": "zero"})], {"loss_type": "apo_zero_unpaired", "beta": 0.1})
+
+
+@cases([KTO, APO_ZERO])
+@pytest.mark.parametrize("swapped", [False, True], ids=["", "swapped"])
+def test_a_step_of_kto(labelled, case, swapped, tmp_path, monkeypatch):
+    """One batch, so that TRL's mean over a batch is ours over a step, with TRL's choice of mismatched answers.
+
+    With policy and reference swapped the mean is above 0; otherwise it is clamped there.
+    """
+    if swapped:
+        roles = {"policy": trainers.reference, "reference": trainers.policy}
+        for role, model in roles.items():
+            monkeypatch.setattr(trainers, role, model)
+    other = trl_kto(labelled, tmp_path, **case.settings)
+    theirs = list(other.train_dataset)
+    rows = ours(labelled, tmp_path, case.terms).train_dataset
+    if case is KTO:
+        rows = replace(rows, rows=[with_mismatched(*each, labelled[2]) for each in zip(rows, theirs, strict=True)])
+    mine = ours(labelled, tmp_path, case.terms, train_dataset=replace(rows, reference=""))
+    mine.train()
+    other.train()
+    assert_equal(dict(mine.model.named_parameters()), dict(other.model.named_parameters()))
+    found, expected = mine.state.log_history[0], other.state.log_history[0]
+    assert found["loss"] == pytest.approx(expected["loss"], abs=TOLERANCE)
+    assert found["kl"] == pytest.approx(expected["kl"], abs=1e-4)  # TRL subtracts sums of hundreds of nats
+    assert (expected["kl"] > 0.01) == (case is KTO and swapped)
+
+
+def with_mismatched(row, expected, limit):
+    """Our row with the answer that TRL matched with its prompt."""
+    assert [*row["prompt_ids"], *row["completion_ids"]] == [*expected["prompt_ids"], *expected["completion_ids"]][
+        :limit
+    ]
+    assert row["desirable"] == expected["label"]
+    ids = np.asarray(expected["KL_completion_ids"], dtype=row["completion_ids"].dtype)[: limit - len(row["prompt_ids"])]
+    return {**row, "mismatched_ids": ids, "mismatched_scored": np.ones(len(ids), dtype=bool)}
+
+
+# ---- a step, an evaluation ------------------------------------------------------------------------------------------
+
+
+@cases([DPO, DPO_AND_SFT])
+def test_one_step_and_its_log(data, case, tmp_path):
+    mine, other = ours(data, tmp_path, case.terms), trl_dpo(data, tmp_path, **case.settings)
     mine.train()
     other.train()
     assert_equal(dict(mine.model.named_parameters()), dict(other.model.named_parameters()))
@@ -188,53 +240,28 @@ def test_evaluation_of_one_batch(data, tmp_path):
     """TRL's evaluation is exact as long as one batch holds all rows; ours always is."""
     rows = Dataset.from_list(data[1])
     mine = ours(data, tmp_path, per_device_eval_batch_size=3).evaluate(rows)
-    expected = theirs(data, tmp_path).evaluate(rows)
+    expected = trl_dpo(data, tmp_path).evaluate(rows)
     for name in ("loss", "rewards/chosen", "rewards/margins", "rewards/accuracies", "logps/rejected", "entropy"):
         assert mine[f"eval_{name}"] == pytest.approx(expected[f"eval_{name}"], abs=TOLERANCE, rel=1e-6), name
 
 
-# ---- the formula ----------------------------------------------------------------------------------------------------
+# ---- where TRL is another thing -------------------------------------------------------------------------------------
 
 
-def float64_model(seed, tokenizer):
-    """GPT-2, because Llama's norms and positions compute in float32 whatever the weights are."""
-    config = GPT2Config(vocab_size=len(tokenizer), n_positions=64, n_embd=32, n_layer=2, n_head=4)
-    torch.manual_seed(0)
-    return noisy(GPT2LMHeadModel(config).double(), seed).eval()
+def test_the_label_smoothing_of_trls_sigmoid_does_nothing(text, tmp_path):
+    """Asked for cDPO in the way older versions offered it, TRL trains plain DPO; ours asks for a loss that reads it."""
+    smoothed, _ = loss_and_gradients(trl_dpo(text, tmp_path, loss_type=["sigmoid"], label_smoothing=0.3))
+    plain, _ = loss_and_gradients(ours(text, tmp_path, [(1.0, "dpo", {})]))
+    conservative, _ = loss_and_gradients(ours(text, tmp_path, [(1.0, "cdpo", {"label_smoothing": 0.3})]))
+    assert smoothed == pytest.approx(plain, abs=TOLERANCE)
+    assert abs(conservative - plain) > 100 * TOLERANCE
 
 
-def answer_logps(model, row, side):
-    """Log-probabilities of an answer's tokens `[m]`, from the model's own logits of the one sequence."""
-    ids = torch.tensor([[*row["prompt_ids"], *row[f"{side}_ids"]]])
-    logps = model(input_ids=ids).logits[0].log_softmax(-1)[:-1]
-    return logps.gather(1, ids[0, 1:, None])[len(row["prompt_ids"]) - 1 :, 0]
-
-
-def formula(model, ref, rows, dpo_weight, sft_weight):
-    """Mean over pairs of -log S(beta h), and mean over all chosen tokens of -log pi, straight from the papers."""
-    margins, chosen = [], []
-    for row in rows:
-        logps = {side: answer_logps(model, row, side) for side in ("chosen", "rejected")}
-        ratios = {side: logps[side].sum() - answer_logps(ref, row, side).sum().detach() for side in logps}
-        margins.append(ratios["chosen"] - ratios["rejected"])
-        chosen.append(logps["chosen"])
-    return -dpo_weight * logsigmoid(BETA * torch.stack(margins)).mean() - sft_weight * torch.cat(chosen).mean()
-
-
-@pytest.mark.parametrize("weights", [(1.0, 0.0), (0.0, 1.0), (0.7, 0.3)])
-def test_float64_formula(text, weights, tmp_path):
-    tokenizer, rows, _ = text
-    trainer = PreferenceTrainer(
-        float64_model(1, tokenizer),
-        float64_model(2, tokenizer),
-        PreferenceConfig(output_dir=str(tmp_path), loss_weights=list(weights), **ONE_STEP),
-        ["dpo", "sft"],
-        train_dataset=rows,
-        processing_class=tokenizer,
-    )
-    loss, gradients = loss_and_gradients(trainer)
-    plain = float64_model(1, tokenizer)
-    expected = formula(plain, float64_model(2, tokenizer), trainer.train_dataset, *weights)
-    expected.backward()
-    assert loss == pytest.approx(expected.item(), abs=1e-10)
-    assert_equal(gradients, {name: parameter.grad for name, parameter in plain.named_parameters()}, 1e-10)
+def test_trls_simpo_at_its_defaults_is_another_loss(text_without_bos, tmp_path):
+    """Its defaults are beta 0.1, gamma 0.5 (five times beta) and a likelihood term; ours are the authors' kind."""
+    defaults, _ = loss_and_gradients(trl_cpo(text_without_bos, tmp_path, loss_type="simpo"))
+    same = [(1.0, "simpo", {"beta": 0.1, "gamma_beta_ratio": 5.0}), (1.0, "sft", {})]
+    found, _ = loss_and_gradients(ours(text_without_bos, tmp_path, same))
+    assert found == pytest.approx(defaults, abs=TOLERANCE)
+    ours_at_defaults, _ = loss_and_gradients(ours(text_without_bos, tmp_path, [(1.0, "simpo", {})]))
+    assert abs(ours_at_defaults - defaults) > 0.1

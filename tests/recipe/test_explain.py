@@ -81,9 +81,12 @@ def test_what_cannot_be_opened_is_said(load, folder):
 
 def test_reference_plan(load):
     assert reference_plan(load("--loss.name=sft")).startswith("none")
-    assert reference_plan(load()).startswith("the starting model, frozen")
+    assert reference_plan(load()).startswith("the starting model. Each answer is scored once")
+    assert "kept in elsewhere" in reference_plan(load("--reference.store=elsewhere"))
     assert "switched off" in reference_plan(load("--use_peft"))
     assert reference_plan(load("--reference.model=other")).startswith("other")
+    assert reference_plan(load("--reference.source=live")).endswith("A second model is held for it.")
+    assert reference_plan(load("--reference.source=live", "--use_peft")).endswith("No second model is held.")
 
 
 def test_weights_are_counted_without_loading_any(load, folder):

@@ -94,7 +94,7 @@ def test_loss_type(refused, loss_type):
         ("loss: []", "the list is empty"),
         ("loss: [dpo]", "loss.0: expected a block"),
         ("loss: {beta: 0.1}", "`name` is missing"),
-        ("loss: {name: dop}", "loss.name: there is no loss `dop`. Did you mean `dpo`?"),
+        ("loss: {name: dppo}", "loss.name: there is no loss `dppo`. Did you mean `dpo`?"),
         ("loss: {name: sdpo}", "three methods"),
         ("loss: {name: dpo, weight: 2}", "Write loss_weights"),
         ("loss: [{name: dpo}, {name: dpo}]", "twice"),

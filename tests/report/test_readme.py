@@ -125,7 +125,7 @@ def test_every_command_is_one_the_program_takes(folder, own_loss, capsys):
             capsys.readouterr()
             assert cli.main(arguments) == 0
             (folder / target).write_text(capsys.readouterr().out)
-    assert seen == {"train", "explain", "recipe", "losses", "evaluate"}
+    assert seen == {"train", "explain", "recipe", "losses", "evaluate", "cache", "push"}
 
 
 def test_recipes_in_the_text_load(folder):

@@ -32,9 +32,11 @@ def strict_loads(text):
 
 
 def run(callback, folder, *, first, last, rank_zero=True):
-    """The events a trainer sends: training starts at step `first`, and logs every few steps."""
+    """The events a trainer sends: training starts at step `first`, after what is logged every few steps."""
     args = TrainingArguments(output_dir=str(folder), report_to=[], use_cpu=True)
-    state, control = TrainerState(is_world_process_zero=rank_zero, global_step=first), TrainerControl()
+    before = [{"loss": 1.0 / step, "epoch": step / 10, "step": step} for step in range(5, first + 1, 5)]
+    state = TrainerState(is_world_process_zero=rank_zero, global_step=first, log_history=before)
+    control = TrainerControl()
     callback.on_train_begin(args, state, control)
     for step in range(first + 1, last + 1):
         state.global_step, state.epoch = step, step / 10
@@ -94,13 +96,15 @@ def test_a_resumed_run_repeats_no_step(tmp_path):
     run(MetricsFile(), tmp_path, first=0, last=20)
     path.write_text(path.read_text() + '{"step": 22, "lo')  # killed while writing, after a checkpoint at step 10
     run(MetricsFile(), tmp_path, first=10, last=30)
-    assert [event["step"] for event in read_metrics(path)] == [5, 10, 15, 20, 25, 30]
+    run(MetricsFile(), tmp_path / "whole", first=0, last=30)
+    assert path.read_text() == (tmp_path / "whole" / "metrics.jsonl").read_text()
 
 
-def test_the_closing_summary_is_not_repeated(tmp_path):
+@pytest.mark.parametrize("last", [{"train_runtime": 3.0}, {"eval_loss": 0.5}])
+def test_what_came_after_the_last_checkpoint_is_not_repeated(tmp_path, last):
     path = tmp_path / "metrics.jsonl"
     run(MetricsFile(), tmp_path, first=0, last=10)
-    write_metrics_line(path, {"step": 10, "train_runtime": 3.0})
+    write_metrics_line(path, {"step": 10, **last})
     run(MetricsFile(), tmp_path, first=10, last=10)
     assert [event["step"] for event in read_metrics(path)] == [5, 10]
 

@@ -1,0 +1,29 @@
+"""The answers of token rows, each addressed by what is read and what is scored of it."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+
+SIDES = ("chosen", "rejected", "completion", "mismatched")
+
+
+def sides_in(row: Mapping[str, Any]) -> Iterator[str]:
+    """Names of the answers a token row holds."""
+    return (side for side in SIDES if f"{side}_ids" in row)
+
+
+def answer_id(row: Mapping[str, Any], side: str) -> bytes:
+    """SHA-256 of an answer's token ids, prompt included, and its scored positions.
+
+    Nothing else of a row changes the scores of its tokens, so this is what stored scores are found by.
+    """
+    prompt, ids = (np.asarray(row[name]).astype("<i4") for name in ("prompt_ids", f"{side}_ids"))
+    positions = len(prompt) + np.flatnonzero(row[f"{side}_scored"])
+    digest = hashlib.sha256((len(prompt) + len(ids)).to_bytes(8, "little"))
+    for part in (prompt, ids, positions.astype("<i4")):
+        digest.update(part.tobytes())
+    return digest.digest()

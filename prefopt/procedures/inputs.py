@@ -1,0 +1,73 @@
+"""What a stage depends on, by name: its settings, and the content of the local files it reads."""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from huggingface_hub.utils.sha import sha_fileobj
+
+from prefopt.drift import FREE, as_facts, loss_facts
+from prefopt.procedures.stage import MakeStage, Stage
+
+if TYPE_CHECKING:
+    from prefopt.recipe import Recipe
+
+# Where the scores of a reference come from decides nothing but the time they take.
+_FREE_OF_REFERENCE = ("source", "store", "max_gb", "batch_size")
+_MODEL = (
+    "*.safetensors", "pytorch_model*.bin", "*.index.json", "config.json", "adapter_config.json", "tokenizer*",
+    "chat_template*", "vocab*", "merges.txt",
+)  # fmt: skip
+_WHOLE = 2**23  # bytes up to which a file of a model is read whole
+_SAMPLES, _SAMPLE = 64, 2**16
+
+
+def inputs_of(stage: Stage) -> dict[str, Any]:
+    """The facts of a stage as strict JSON without secrets; the model or data of an earlier stage must be there by now.
+
+    Data files and plugins are hashed whole, the weights of a local model by samples: one that was trained again differs
+    nearly everywhere.
+    """
+    if isinstance(stage, MakeStage):
+        return as_facts(stage.settings)
+    recipe = stage.recipe
+    resolved = recipe.resolved()
+    settings = {name: value for name, value in resolved.items() if name not in FREE}
+    reference = {name: value for name, value in resolved.get("reference", {}).items() if name not in _FREE_OF_REFERENCE}
+    template = recipe.model.chat_template_path
+    files = {
+        "data": [*recipe.data.local_files(), *([Path(template)] if template else [])],
+        "plugin": _loss_files(recipe),
+    }
+    hashes = {name: {str(file): _sha256(file) for file in paths} for name, paths in files.items()}
+    models = (recipe.model.model_name_or_path, recipe.reference.model)
+    folders = {name: sampled(Path(name)) for name in models if name and Path(name).is_dir()}
+    return as_facts({**settings, **loss_facts(recipe.objective()), **hashes, "reference": reference, "model": folders})
+
+
+def sampled(folder: Path) -> str:
+    """A hash of the files that a model is loaded from: small ones whole, of large ones the length and samples."""
+    digest = hashlib.sha256()
+    for path in sorted({path for pattern in _MODEL for path in folder.glob(pattern) if path.is_file()}):
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size} ".encode())
+        with open(path, "rb") as file:
+            for start in [0] if size <= _WHOLE else range(0, size, size // _SAMPLES):
+                file.seek(start)
+                digest.update(file.read(_WHOLE if size <= _WHOLE else _SAMPLE))
+    return digest.hexdigest()
+
+
+def _loss_files(recipe: Recipe) -> list[Path]:
+    """The files of losses from outside the package: another formula under the same name is another run."""
+    modules = {type(loss).__module__ for loss in recipe.objective().losses}
+    outside = sorted(name for name in modules if not name.startswith("prefopt."))
+    return [Path(str(sys.modules[name].__file__)) for name in outside if getattr(sys.modules[name], "__file__", None)]
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return sha_fileobj(file).hex()

@@ -1,0 +1,30 @@
+"""What one process decides for all: the others wait for its answer, or for its refusal."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
+
+from prefopt.errors import UserError
+
+Answer = TypeVar("Answer")
+
+
+def on_main(action: Callable[[], Answer]) -> Answer:
+    """What `action` gives on the main process, on every rank; its `UserError` is raised on every rank as well.
+
+    Every rank must call this. The answer is pickled on its way.
+    """
+    found: list[Any] = [None, None]
+    if PartialState().is_main_process:
+        try:
+            found = [action(), None]
+        except UserError as error:
+            found = [None, error]
+    answer, refusal = broadcast_object_list(found)
+    if refusal is not None:
+        raise refusal
+    return answer

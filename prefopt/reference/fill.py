@@ -1,0 +1,154 @@
+"""Scoring the answers that a store lacks: all ranks together, in large batches, one run at a time.
+
+Only the main process touches the store. The others score their share and receive what was found.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list, gather_object
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from prefopt.console import say
+from prefopt.data.collation import Batch, Collator
+from prefopt.errors import UserError
+from prefopt.reference.answers import Answer, batches_of, plan_of_answers
+from prefopt.reference.store import Entry, Lease
+
+Scores = dict[bytes, np.ndarray]
+
+# Seconds between two looks at what another run has written, and between two commits of one's own.
+POLL = 2.0
+COMMIT = 5.0
+
+
+class Filler:
+    """Brings the scores of answers from an entry of the store, and computes those it lacks.
+
+    `score` maps a batch on the device to its scores `[M]`. `rows` is the number of the longest answers in a batch.
+    Every rank calls every method, in the same order.
+    """
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        entry: Entry | None,
+        score: Callable[[Batch], Tensor],
+        collator: Collator,
+        rows: int,
+    ) -> None:
+        self.accelerator = accelerator
+        self.entry = entry  # None on all ranks but the main one
+        self.score = score
+        self.collator = collator
+        self.rows = rows
+        self._full = False
+
+    def read(self, answers: Mapping[bytes, Answer]) -> Scores:
+        """The scores that are in the store already, on every rank."""
+        return self._told(lambda entry: entry.read(answers))
+
+    def fill(self, answers: Mapping[bytes, Answer]) -> tuple[Scores, int]:
+        """Scores of all `answers`, which the store lacked a moment ago, and how many of them this run computed."""
+        done: Scores = {}
+        computed = 0
+        announced = ""
+        while missing := {id: answer for id, answer in answers.items() if id not in done}:
+            lease, holder = self._lease()
+            if not holder:
+                try:
+                    done.update(self.read(missing))  # the run before may have ended its work between two looks
+                    missing = {id: answer for id, answer in missing.items() if id not in done}
+                    done.update(self._compute(missing))
+                    computed += len(missing)
+                finally:
+                    if lease is not None:
+                        lease.release()
+                break
+            if holder != announced:
+                say(f"reference: {holder} is scoring for this store; waiting for its {len(missing):,} answers")
+                announced = holder
+            time.sleep(POLL)
+            done.update(self.read(missing))
+        return done, computed
+
+    def _lease(self) -> tuple[Lease | None, str]:
+        """The lease where this is the main process and got it, and, on every rank, who has it otherwise."""
+        lease = self.entry.lease() if self.entry is not None else None
+        holder = ""
+        if self.entry is not None and lease is None:
+            holder = self.entry.holder() or "another run"
+        return lease, broadcast_object_list([holder])[0]
+
+    def _compute(self, missing: Mapping[bytes, Answer]) -> Scores:
+        """Score answers on all ranks, and write them as they come: a run that is killed goes on where it was."""
+        batches = batches_of(missing, self.rows)
+        world, rank = self.accelerator.num_processes, self.accelerator.process_index
+        done: Scores = {}
+        fresh: Scores = {}
+        written = time.monotonic()
+        quiet = not self.accelerator.is_main_process or not missing
+        with tqdm(total=len(missing), desc="reference", unit=" answers", disable=True if quiet else None) as bar:
+            for first in range(0, len(batches), world):
+                # Each rank takes part in each round, with nothing if need be: a sharded model waits for all.
+                mine = batches[first + rank] if first + rank < len(batches) else []
+                for part in gather_object([self._scores(mine, missing)]):
+                    _refuse_non_finite(part, missing)
+                    fresh.update(part)
+                    bar.update(len(part))
+                if time.monotonic() - written > COMMIT:
+                    done.update(self._write(fresh))
+                    fresh, written = {}, time.monotonic()
+        done.update(self._write(fresh))
+        return done
+
+    def _scores(self, ids: Sequence[bytes], answers: Mapping[bytes, Answer]) -> Scores:
+        chosen = [answers[id] for id in ids]
+        batch = plan_of_answers(chosen, self.collator)
+        moved = {name: value.to(self.accelerator.device) if isinstance(value, Tensor) else value
+                 for name, value in batch.items()}  # fmt: skip
+        flat = self.score(moved).cpu().numpy()
+        ends = np.cumsum([answer.length for answer in chosen])
+        return dict(zip(ids, np.split(flat, ends[:-1]) if len(ids) else [], strict=True))
+
+    def rescored(self, ids: Sequence[bytes], answers: Mapping[bytes, Answer]) -> Scores:
+        """Scores of a few answers, computed anew on every rank, each alone: never in the batches of the fill."""
+        return {id: scores for one in ids for id, scores in self._scores([one], answers).items()}
+
+    def _write(self, scores: Scores) -> Scores:
+        """Keep scores in the store; where it takes no more, this run still has them."""
+        if self.entry is not None and scores and not self._full:
+            try:
+                self.entry.write(scores)
+            except UserError as error:
+                self._full = True
+                say(f"reference: the scores are not kept for later runs: {error}")
+        return scores
+
+    def _told(self, ask: Callable[[Entry], Any]) -> Any:
+        """What the main process finds in the store, or the `UserError` it meets, on every rank."""
+        answer: list[Any] = [None, None]
+        if self.entry is not None:
+            try:
+                answer[0] = ask(self.entry)
+            except UserError as error:
+                answer[1] = str(error)
+        found, problem = broadcast_object_list(answer)
+        if problem is not None:
+            raise UserError(problem)
+        return found
+
+
+def _refuse_non_finite(scores: Scores, answers: Mapping[bytes, Answer]) -> None:
+    for id, values in scores.items():
+        if not np.isfinite(values).all():
+            raise UserError(
+                f"the reference model gives an answer of {answers[id].tokens} tokens a score that is not finite: its "
+                "weights are damaged, or its precision is too low. Try dtype: float32, or look at `reference.model`."
+            )

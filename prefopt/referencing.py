@@ -1,0 +1,190 @@
+"""Which reference a trainer compares with, and where its scores come from: a store, or a model beside the policy."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from accelerate.utils import broadcast_object_list
+from torch import nn
+
+from prefopt.console import say
+from prefopt.data.collation import Collator
+from prefopt.data.dataset import TokenDataset
+from prefopt.errors import UserError
+from prefopt.reference.answers import Answer, answers_of
+from prefopt.reference.cached import CachedReference
+from prefopt.reference.identity import ADAPTER_OFF, Identity, identify
+from prefopt.reference.live import AdapterOff, FrozenModel, Reference, StartingPolicy, plan_reference
+from prefopt.reference.record import check_reference, record_reference
+from prefopt.reference.store import Entry, Store
+
+if TYPE_CHECKING:
+    from prefopt.trainer import PreferenceTrainer
+
+# Answers scored together for each row of a training batch: without gradients they take a fraction of the memory.
+_TOGETHER = 8
+_ROW_OVERHEAD = 200  # bytes of a row's id and checksum, and of their places in the file
+_GB = 10**9
+
+
+def open_reference_scores(
+    trainer: PreferenceTrainer, explicit: nn.Module | None, *, fresh_adapter: bool
+) -> tuple[Reference, Identity | None]:
+    """The reference of a trainer and what function it is, before training moves the policy.
+
+    `explicit` is a model asked for by name. Where scores are cached, those of all the trainer's rows are found or made
+    here. Raises `UserError` for a model that cannot be the reference, or for a store that cannot be used though
+    `source: cached` asks for one.
+    """
+    need, source = trainer.objective.reference, (trainer.args.reference or {}).get("source", "auto")
+    options: dict[str, Any] = {"fresh_adapter": fresh_adapter, "explicit": explicit}
+    cached = need != "none" and source != "live"
+    # A sharded model scores through its own wrapper, and before training only a model apart has one.
+    sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
+    reference = plan_reference(need, trainer.model, before_training=cached and not sharded, **options)
+    if need == "none":
+        return reference, None
+    identity = identify_reference(trainer, reference)
+    if cached:
+        stored = _cached(trainer, reference, identity, must=source == "cached")
+        if stored is not None:
+            stored.prepare(trainer.accelerator)
+            attach_all(trainer, stored)
+            return stored, identity
+        if isinstance(reference, StartingPolicy):
+            reference = plan_reference(need, trainer.model, **options)
+    reference.prepare(trainer.accelerator)
+    return reference, identity
+
+
+def attach_all(trainer: PreferenceTrainer, reference: CachedReference) -> None:
+    """Lay the reference's scores beside the rows of every data set of a trainer, in one pass."""
+    done = iter(reference.attach(trainer.model, *_datasets(trainer)))
+    if trainer.train_dataset is not None:
+        trainer.train_dataset = next(done)
+    if isinstance(trainer.eval_dataset, dict):
+        trainer.eval_dataset = {name: next(done) for name in trainer.eval_dataset}
+    elif trainer.eval_dataset is not None:
+        trainer.eval_dataset = next(done)
+
+
+def attach(trainer: PreferenceTrainer, data: TokenDataset) -> TokenDataset:
+    """Rows that come after the trainer was made, with their reference scores where those are a column."""
+    if isinstance(trainer.reference, CachedReference):
+        return trainer.reference.attach(trainer.model, data)[0]
+    return data
+
+
+def begin_training(trainer: PreferenceTrainer, *, resumed: bool) -> None:
+    """Before the first step: keep `reference.json`, or compare a resumed run with it, and let go of what has scored.
+
+    Raises `UserError` when a resumed run has another reference than it began with.
+    """
+    identity, problem = trainer.reference_identity, ""
+    if identity is not None and trainer.accelerator.is_main_process:
+        folder = Path(str(trainer.args.output_dir))
+        try:
+            if resumed and "reference" not in (trainer.args.allow_change or []):
+                check_reference(folder, identity)
+            record_reference(folder, identity, trainer.reference.summary)
+        except UserError as error:
+            problem = str(error)
+    if problem := broadcast_object_list([problem])[0]:
+        raise UserError(problem)
+    if isinstance(trainer.reference, CachedReference):
+        trainer.reference.close()
+
+
+def identify_reference(trainer: PreferenceTrainer, reference: Reference) -> Identity:
+    """What function a live reference is."""
+    model = reference.model if isinstance(reference, FrozenModel) else trainer.model
+    adapter: Any = None
+    if isinstance(reference, AdapterOff):
+        adapter = ADAPTER_OFF if reference.adapter is None else reference.adapter
+    precision = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(trainer.accelerator.mixed_precision)
+    return identify(model, adapter=adapter, compute_dtype=precision)
+
+
+def _cached(trainer: PreferenceTrainer, source: Reference, identity: Identity, *, must: bool) -> CachedReference | None:
+    """The reference by way of the store; None, and a line that says why, where the scores are better made live."""
+    answers = answers_of(_datasets(trainer), all_completions=trainer.objective.all_completions)
+    entry, reason = None, ""
+    if trainer.accelerator.is_main_process:
+        try:
+            entry, reason = _open_entry(trainer, identity, answers, must=must)
+        except UserError as error:
+            reason = str(error)
+    reason = broadcast_object_list([reason])[0]
+    if reason and must:
+        raise UserError(reason)
+    if reason:
+        say(f"reference: {reason}. It is scored beside the policy")
+        return None
+    settings, args = trainer.args.reference or {}, trainer.args
+    return CachedReference(
+        source,
+        identity,
+        entry,
+        collator=Collator(
+            trainer.preparation.tokenizer.pad_token_id or 0, False, pad_to_multiple_of=args.pad_to_multiple_of or 1
+        ),
+        batch_size=settings.get("batch_size") or _TOGETHER * args.per_device_train_batch_size,
+        all_completions=trainer.objective.all_completions,
+    )
+
+
+def _open_entry(
+    trainer: PreferenceTrainer, identity: Identity, answers: Mapping[bytes, Answer], *, must: bool
+) -> tuple[Entry | None, str]:
+    """The store's file for a function, or why it is not used; only the main process asks."""
+    settings = trainer.args.reference or {}
+    store = Store(settings.get("store"))
+    entry = store.entry(identity.key, identity.about)
+    missing = entry.missing(answers)
+    reason = "" if must else _more_work(trainer, answers, len(missing))
+    reason = reason or _no_room(store, missing, answers, settings.get("max_gb"))
+    return (None if reason else entry), reason
+
+
+def _more_work(trainer: PreferenceTrainer, answers: Mapping[bytes, Answer], missing: int) -> str:
+    """Why scoring everything first is more work than scoring what a short run reads, or nothing."""
+    args, data = trainer.args, trainer.train_dataset
+    if data is None:
+        return ""
+    rows = args.num_train_epochs * len(data)
+    if args.max_steps > 0:
+        rows = args.max_steps * args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+    read = int(rows * len(data.answer_ids[0]))
+    if rows >= len(data) or missing <= read:
+        return ""
+    return f"{missing:,} answers would be scored for a run that reads {read:,}"
+
+
+def _no_room(store: Store, missing: set[bytes], answers: Mapping[bytes, Answer], max_gb: float | None) -> str:
+    """Announce what is going to be written; why there is no room for it, or nothing."""
+    if not missing:
+        return ""
+    needed = sum(4 * answers[id].length + _ROW_OVERHEAD for id in missing)
+    free = shutil.disk_usage(store.folder).free
+    say(
+        f"reference: {len(missing):,} of {len(answers):,} answers are to be scored; {needed / _GB:.3f} GB will be "
+        f"written to {store.folder}"
+    )
+    if needed > free:
+        return f"{store.folder} has {free / _GB:.3f} GB free, and the scores need {needed / _GB:.3f} GB"
+    if max_gb is not None and store.bytes() + needed > max_gb * _GB:
+        return (
+            f"{store.folder} holds {store.bytes() / _GB:.3f} GB, {needed / _GB:.3f} GB more would pass its limit of "
+            f"{max_gb:g} GB (reference.max_gb); `prefopt cache gc` makes room"
+        )
+    return ""
+
+
+def _datasets(trainer: PreferenceTrainer) -> list[TokenDataset]:
+    evaluation: Any = trainer.eval_dataset
+    several = list(evaluation.values()) if isinstance(evaluation, dict) else [evaluation]
+    return [data for data in (trainer.train_dataset, *several) if data is not None]
