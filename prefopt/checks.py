@@ -41,6 +41,7 @@ def check_start(trainer: PreferenceTrainer, model: nn.Module) -> None:
         )
     if trainer.reference.is_start:
         _check_margins(trainer, model, batch)
+    trainer.reference.is_start = False  # from here on the policy moves, and may be trained further
 
 
 def _notes(trainer: PreferenceTrainer) -> list[str]:

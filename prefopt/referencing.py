@@ -42,16 +42,15 @@ def open_reference_scores(
     """
     need, source = trainer.objective.reference, (trainer.args.reference or {}).get("source", "auto")
     options: dict[str, Any] = {"fresh_adapter": fresh_adapter, "explicit": explicit}
-    cached = need != "none" and source != "live"
-    # A sharded model scores through its own wrapper, and before training only a model apart has one.
-    sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
-    reference = plan_reference(need, trainer.model, before_training=cached and not sharded, **options)
+    cached = need != "none" and source != "live" and not _is_sharded(trainer, must=source == "cached")
+    reference = plan_reference(need, trainer.model, before_training=cached, **options)
     if need == "none":
         return reference, None
     identity = identify_reference(trainer, reference)
     if cached:
         stored = _cached(trainer, reference, identity, must=source == "cached")
         if stored is not None:
+            _place(trainer)
             stored.prepare(trainer.accelerator)
             attach_all(trainer, stored)
             return stored, identity
@@ -59,6 +58,23 @@ def open_reference_scores(
             reference = plan_reference(need, trainer.model, **options)
     reference.prepare(trainer.accelerator)
     return reference, identity
+
+
+def _is_sharded(trainer: PreferenceTrainer, *, must: bool) -> bool:
+    """Whether the policy will be sharded: before training it has no wrapper yet through which it could score."""
+    sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
+    if sharded and must:
+        raise UserError(
+            "reference: with FSDP and DeepSpeed scores cannot be cached yet. Write reference: {source: live}"
+        )
+    return sharded
+
+
+def _place(trainer: PreferenceTrainer) -> None:
+    """Put the policy on its device; with evaluation in half precision the stock trainer does that later."""
+    args = trainer.args
+    if (args.fp16_full_eval or args.bf16_full_eval) and not trainer.is_model_parallel:
+        trainer._move_model_to_device(trainer.model, args.device)
 
 
 def attach_all(trainer: PreferenceTrainer, reference: CachedReference) -> None:
@@ -91,7 +107,7 @@ def begin_training(trainer: PreferenceTrainer, *, resumed: bool) -> None:
             if resumed and "reference" not in (trainer.args.allow_change or []):
                 check_reference(folder, identity)
             record_reference(folder, identity, trainer.reference.summary)
-        except UserError as error:
+        except (UserError, OSError) as error:
             problem = str(error)
     if problem := broadcast_object_list([problem])[0]:
         raise UserError(problem)
@@ -116,7 +132,7 @@ def _cached(trainer: PreferenceTrainer, source: Reference, identity: Identity, *
     if trainer.accelerator.is_main_process:
         try:
             entry, reason = _open_entry(trainer, identity, answers, must=must)
-        except UserError as error:
+        except (UserError, OSError) as error:
             reason = str(error)
     reason = broadcast_object_list([reason])[0]
     if reason and must:
@@ -158,7 +174,9 @@ def _more_work(trainer: PreferenceTrainer, answers: Mapping[bytes, Answer], miss
     rows = args.num_train_epochs * len(data)
     if args.max_steps > 0:
         rows = args.max_steps * args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
-    read = int(rows * len(data.answer_ids[0]))
+    # Evaluation rows are read as well, once or more.
+    train = answers_of([data], all_completions=trainer.objective.all_completions)
+    read = int(rows / len(data) * len(train)) + len(answers) - len(train)
     if rows >= len(data) or missing <= read:
         return ""
     return f"{missing:,} answers would be scored for a run that reads {read:,}"

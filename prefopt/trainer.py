@@ -210,7 +210,7 @@ class PreferenceTrainer(DurableTrainer):
         sums = MetricSums()
         model = self.model_wrapped
         # The loop restores the random state after this, so nothing here may draw from it.
-        with evaluating(model), torch.random.fork_rng():
+        with evaluating(model), torch.random.fork_rng(), self.accelerator.autocast():
             for raw in batches:
                 batch: Batch = self._prepare_inputs(raw)
                 parts = self._estimate_batch(model, batch) if self.objective.plain_estimates else {}

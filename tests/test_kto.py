@@ -161,3 +161,17 @@ def test_a_partner_is_cut_at_the_limit():
         assert len(row["prompt_ids"]) + len(row["mismatched_ids"]) <= max(10, len(row["prompt_ids"]) + 1)
         assert len(row["mismatched_ids"]) == len(row["mismatched_scored"]) >= 1
         assert isinstance(row["mismatched_ids"], np.ndarray)
+
+
+def test_one_prompt_among_many_rows_costs_no_more():
+    rows = [{**row, "prompt": "the same" if index else "another"} for index, row in enumerate(text_pairs(300))]
+    data, left = with_mismatched(dataset(rows), 0, None)
+    assert not left
+    alone = {row["completion_ids"].tobytes() for row in data.rows if row["prompt_ids"].tobytes() != prompt_of(data)}
+    usual = [row for row in data.rows if row["prompt_ids"].tobytes() == prompt_of(data)]
+    assert all(row["mismatched_ids"].tobytes() in alone for row in usual)
+
+
+def prompt_of(data):
+    """The prompt that most rows have."""
+    return data.rows[-1]["prompt_ids"].tobytes()

@@ -8,9 +8,11 @@ ranks, no shuffle and no resume can change it, and its reference scores are kept
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
+
+import numpy as np
 
 from prefopt.data.dataset import TokenDataset
 
@@ -60,22 +62,21 @@ def with_mismatched(data: TokenDataset, seed: int, max_length: int | None) -> tu
 def _partners(data: TokenDataset, seed: int) -> tuple[list[int], int]:
     """For each row the next one, in an order drawn by `seed`, that answers another prompt."""
     order = sorted(range(len(data)), key=lambda index: _draw(seed, data.answer_ids[index]))
-    prompts = [bytes(memoryview(data.rows[index]["prompt_ids"]).cast("B")) for index in order]
-    partners, unmatched = [0] * len(data), 0
-    several = len(set(prompts)) > 1
+    prompts = [np.asarray(data.rows[index]["prompt_ids"], "<i4").tobytes() for index in order]
+    count, partners = len(order), [0] * len(order)
+    if len(set(prompts)) == 1:
+        for place, index in enumerate(order):
+            partners[index] = order[(place + 1) % count]
+        return partners, count
+    # Twice round from the back: by the second time the next place with another prompt is known everywhere.
+    other = [0] * count
+    for place in reversed(range(2 * count)):
+        here, after = place % count, (place + 1) % count
+        other[here] = other[after] if prompts[here] == prompts[after] else after
     for place, index in enumerate(order):
-        step = _steps_to_another(prompts, place) if several else 1
-        unmatched += not several
-        partners[index] = order[(place + step) % len(order)]
-    return partners, unmatched
-
-
-def _steps_to_another(prompts: Sequence[bytes], place: int) -> int:
-    step = 1
-    while prompts[(place + step) % len(prompts)] == prompts[place]:
-        step += 1
-    return step
+        partners[index] = order[other[place]]
+    return partners, 0
 
 
 def _draw(seed: int, ids: Mapping[str, Any]) -> bytes:
-    return hashlib.sha256(seed.to_bytes(8, "little") + ids["completion"]).digest()
+    return hashlib.sha256(f"{seed} ".encode() + ids["completion"]).digest()

@@ -21,7 +21,7 @@ from prefopt.errors import UserError
 from prefopt.reference.answers import Answer, answers_of, with_scores
 from prefopt.reference.fill import Filler, Scores
 from prefopt.reference.identity import Identity, identify
-from prefopt.reference.live import AdapterOff, Reference, StartingPolicy
+from prefopt.reference.live import AdapterOff, FrozenModel, Reference, StartingPolicy
 from prefopt.reference.store import Entry
 from prefopt.scoring.rounding import BEYOND, rounding_bound
 
@@ -91,14 +91,16 @@ class CachedReference:
         scores are missing after `close`.
         """
         start = time.monotonic()
-        key = self.identity.key
-        new = (data for data in datasets if data.reference != key)
+        known = [self._has_scores(data) for data in datasets]
+        new = (data for data, has_scores in zip(datasets, known, strict=True) if not has_scores)
         answers = answers_of(new, all_completions=self.all_completions)
         _refuse_other_rows(answers)
         scores = self._scores(policy, answers) if answers else {}
         self._attached = True
         self.account.seconds += time.monotonic() - start
-        return [data if data.reference == key else self._with(data, scores) for data in datasets]
+        return [
+            data if has_scores else self._with(data, scores) for data, has_scores in zip(datasets, known, strict=True)
+        ]
 
     def scores(self, policy: nn.Module, batch: dict[str, Any]) -> dict[str, Tensor]:
         """The column of the batch; nothing is computed."""
@@ -158,17 +160,27 @@ class CachedReference:
         chosen = broadcast_object_list([chosen])[0]
         again = filler.rescored(chosen, answers)
         self.account.checked += len(chosen)
-        for id, scores in again.items():
-            difference = abs(float(np.sum(scores - found[id], dtype=np.float64)))
-            bound = rounding_bound(policy, self.accelerator.mixed_precision, len(scores))
-            if not difference <= BEYOND * bound:
-                place = self.entry.path if self.entry is not None else "the store"
-                raise UserError(
-                    f"{place}: an answer's score differs from the reference model's by {difference:.3g} nats, and "
-                    f"rounding explains {bound:.1e}. Something outside its weights and configuration changes this "
-                    "model (hooks, a patched forward), or the file was written by such a model. Delete the file, or "
-                    "write reference: {source: live}."
-                )
+        model = self.source.model if isinstance(self.source, FrozenModel) else policy
+        precision = self.accelerator.mixed_precision
+        # The root of the sum of squares, so that differences of two tokens cannot cancel.
+        differences = {id: float(np.linalg.norm(scores - found[id])) for id, scores in again.items()}
+        bounds = {id: rounding_bound(model, precision, len(scores)) for id, scores in again.items()}
+        beyond = [(differences[id], bounds[id]) for id in again if not differences[id] <= BEYOND * bounds[id]]
+        # Kernels differ between devices, and one rank must not stop alone.
+        for difference, bound in gather_object(beyond)[:1]:
+            place = broadcast_object_list([str(self.entry.path) if self.entry is not None else ""])[0]
+            raise UserError(
+                f"{place}: an answer's score differs from the reference model's by {difference:.3g} nats, and rounding "
+                f"explains {bound:.1e}. Something outside its weights and configuration changes this model (hooks, a "
+                "patched forward), or the file was written by such a model. Delete the file, or write "
+                "reference: {source: live}."
+            )
+
+    def _has_scores(self, data: TokenDataset) -> bool:
+        """Whether the rows carry the scores of this function, and of each answer that is read."""
+        ids = data.answer_ids[0] if data.reference == self.identity.key else {"": b""}
+        wanted = [side for side in ids if self.all_completions or side != "rejected"]
+        return all(f"{side}_ref_logp" in data.rows[0] for side in wanted)
 
     def _with(self, data: TokenDataset, scores: Scores) -> TokenDataset:
         return with_scores(data, scores, self.identity.key, all_completions=self.all_completions)

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
+import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils import broadcast_object_list, gather_object, send_to_device
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -23,9 +25,13 @@ from prefopt.reference.store import Entry, Lease
 
 Scores = dict[bytes, np.ndarray]
 
-# Seconds between two looks at what another run has written, and between two commits of one's own.
+# Seconds between two looks at what another run has written, two commits of one's own, and two lines where there is no
+# terminal for a bar.
 POLL = 2.0
 COMMIT = 5.0
+SAY = 60.0
+# Looks that bring nothing of what is wanted, after which the other run is taken to score other answers.
+_IDLE = 30
 
 
 class Filler:
@@ -57,26 +63,22 @@ class Filler:
     def fill(self, answers: Mapping[bytes, Answer]) -> tuple[Scores, int]:
         """Scores of all `answers`, which the store lacked a moment ago, and how many of them this run computed."""
         done: Scores = {}
-        computed = 0
-        announced = ""
+        announced, idle = "", 0
         while missing := {id: answer for id, answer in answers.items() if id not in done}:
             lease, holder = self._lease()
-            if not holder:
-                try:
+            if not holder or idle > _IDLE:
+                with lease or nullcontext():
                     done.update(self.read(missing))  # the run before may have ended its work between two looks
-                    missing = {id: answer for id, answer in missing.items() if id not in done}
-                    done.update(self._compute(missing))
-                    computed += len(missing)
-                finally:
-                    if lease is not None:
-                        lease.release()
-                break
+                    rest = {id: answer for id, answer in missing.items() if id not in done}
+                    return {**done, **self._compute(rest)}, len(rest)
             if holder != announced:
-                say(f"reference: {holder} is scoring for this store; waiting for its {len(missing):,} answers")
+                say(f"reference: {holder} is scoring for this store; waiting for what it finds")
                 announced = holder
             time.sleep(POLL)
-            done.update(self.read(missing))
-        return done, computed
+            found = self.read(missing)
+            idle = 0 if found else idle + 1
+            done.update(found)
+        return done, 0
 
     def _lease(self) -> tuple[Lease | None, str]:
         """The lease where this is the main process and got it, and, on every rank, who has it otherwise."""
@@ -92,28 +94,36 @@ class Filler:
         world, rank = self.accelerator.num_processes, self.accelerator.process_index
         done: Scores = {}
         fresh: Scores = {}
-        written = time.monotonic()
+        written = said = time.monotonic()
         quiet = not self.accelerator.is_main_process or not missing
         with tqdm(total=len(missing), desc="reference", unit=" answers", disable=True if quiet else None) as bar:
             for first in range(0, len(batches), world):
                 # Each rank takes part in each round, with nothing if need be: a sharded model waits for all.
                 mine = batches[first + rank] if first + rank < len(batches) else []
-                for part in gather_object([self._scores(mine, missing)]):
-                    _refuse_non_finite(part, missing)
+                for part in gather_object([self._tried(mine, missing)]):
+                    _refuse(part, missing)
                     fresh.update(part)
                     bar.update(len(part))
+                if bar.disable and time.monotonic() - said > SAY:
+                    say(f"reference: {len(done) + len(fresh):,} of {len(missing):,} answers are scored")
+                    said = time.monotonic()
                 if time.monotonic() - written > COMMIT:
                     done.update(self._write(fresh))
                     fresh, written = {}, time.monotonic()
         done.update(self._write(fresh))
         return done
 
+    def _tried(self, ids: Sequence[bytes], answers: Mapping[bytes, Answer]) -> Scores | str:
+        """Scores, or why there are none: a rank that runs out of memory must not leave the others waiting."""
+        try:
+            return self._scores(ids, answers)
+        except torch.OutOfMemoryError as error:
+            return str(error).splitlines()[0]
+
     def _scores(self, ids: Sequence[bytes], answers: Mapping[bytes, Answer]) -> Scores:
         chosen = [answers[id] for id in ids]
         batch = plan_of_answers(chosen, self.collator)
-        moved = {name: value.to(self.accelerator.device) if isinstance(value, Tensor) else value
-                 for name, value in batch.items()}  # fmt: skip
-        flat = self.score(moved).cpu().numpy()
+        flat = self.score(send_to_device(batch, self.accelerator.device)).cpu().numpy()
         ends = np.cumsum([answer.length for answer in chosen])
         return dict(zip(ids, np.split(flat, ends[:-1]) if len(ids) else [], strict=True))
 
@@ -145,7 +155,9 @@ class Filler:
         return found
 
 
-def _refuse_non_finite(scores: Scores, answers: Mapping[bytes, Answer]) -> None:
+def _refuse(scores: Scores | str, answers: Mapping[bytes, Answer]) -> None:
+    if isinstance(scores, str):
+        raise UserError(f"the reference ran out of memory: {scores} Write a lower reference.batch_size")
     for id, values in scores.items():
         if not np.isfinite(values).all():
             raise UserError(

@@ -200,7 +200,8 @@ def _copy_adapter(model: PeftModel) -> str:
     if hasattr(config, "init_lora_weights"):
         # PiSSA and its like rewrite the base when an adapter is added, a second time here.
         config.init_lora_weights = True
-    model.add_adapter(_REFERENCE_ADAPTER, config)
+    with torch.random.fork_rng():  # what it draws is written over
+        model.add_adapter(_REFERENCE_ADAPTER, config)
     parameters = dict(model.named_parameters())
     for name, parameter in parameters.items():
         parts = name.split(".")

@@ -55,10 +55,9 @@ def test_a_kill_in_the_very_first_save_starts_afresh(bench, killed_at, ends_exac
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("part", range(2))
-def test_a_kill_of_the_rank_that_saves(bench, killed_at, ends_exactly, part):
+def test_a_kill_of_the_rank_that_saves(bench, killed_at, ends_exactly):
     operations = bench.operations("adapter", Spec("run", *SECOND), 2, **SHORT)
-    for number, cut in harms(operations, part, PARTS):
+    for number, cut in harms(operations, 3, PARTS):
         run = killed_at("adapter", SECOND, number, cut, ranks=2)
         assert newest_whole(run)[0] is not None, number
         ends_exactly("adapter", run, 2, **SHORT)

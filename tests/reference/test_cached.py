@@ -8,7 +8,7 @@ import random
 import numpy as np
 import pytest
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model
 from transformers import Gemma2Config, Gemma2ForCausalLM
 
 from prefopt.errors import UserError
@@ -84,7 +84,7 @@ def test_a_second_run_scores_nothing(build, forwards):
         {"eval_rows": ROWS[:3]},
         {"peft_config": LoraConfig(**LORA)},
     ],
-    ids=str,
+    ids=" ".join,
 )
 def test_what_leaves_the_scores_alone_scores_nothing(build, change):
     build()
@@ -340,3 +340,50 @@ def test_a_collator_that_drops_the_column_is_told(build):
     del batch["ref_logp"]
     with pytest.raises(UserError, match="ref_logp"):
         trainer.score(trainer.model, batch)
+
+
+def test_a_reference_in_lower_precision_is_found_again(tmp_path):
+    """The bound on what is scored again is that of the model that scores, not of the policy."""
+    block = {"source": "cached", "store": str(tmp_path / "store")}
+    for expected in (ANSWERS, 0):
+        other = helpers.make_model(seed=7, vocab_size=len(helpers.make_tokenizer()), dtype=torch.bfloat16)
+        trainer = make_trainer(tmp_path / "run", ROWS, reference=other, reference_block=block)
+        assert scored(trainer)[0] == expected
+
+
+def test_mixed_precision_has_scores_of_its_own_and_margins_of_zero(build):
+    build()
+    trainer = build(bf16=True)
+    assert scored(trainer)[0] == ANSWERS
+    trainer.train()  # the check of margins at the start is that of bfloat16
+    assert scored(build(bf16=True))[0] == 0
+
+
+def test_a_trained_adapter_is_its_own_reference(build):
+    def policy():
+        torch.manual_seed(3)
+        model = get_peft_model(
+            helpers.make_model(vocab_size=len(helpers.make_tokenizer())), LoraConfig(**LORA, init_lora_weights=False)
+        )
+        return model
+
+    def run(source):
+        trainer = build(source=source, model=policy(), folder=source)
+        trainer.train()
+        return weights(trainer.model)
+
+    torch.testing.assert_close(run("cached"), run("live"), atol=1e-6, rtol=0)
+
+
+def test_a_short_run_counts_all_its_micro_batches(build):
+    short = {"source": "auto", "max_steps": 1, "per_device_train_batch_size": 2}
+    assert not isinstance(build(**short, gradient_accumulation_steps=4).reference, CachedReference)
+    assert isinstance(build(**short, gradient_accumulation_steps=5).reference, CachedReference)
+    assert scored(build(**short, gradient_accumulation_steps=4, folder="warm"))[0] == 0
+
+
+def test_training_twice_goes_on(build):
+    trainer = build()
+    trainer.train()
+    trainer.train()
+    assert trainer.state.global_step == 2
