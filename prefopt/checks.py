@@ -50,7 +50,8 @@ def _notes(trainer: PreferenceTrainer) -> list[str]:
     good = len(data) if data.paired else sum(bool(row["desirable"]) for row in data.rows)
     bad = len(data) if data.paired else len(data) - good
     losses = trainer.objective.losses
-    return [f"{loss.name}: {note}" for loss in losses for note in (*loss.notes(), *loss.class_notes(good, bad))]
+    counted = (f"{loss.name}: {note}" for loss in losses for note in loss.class_notes(good, bad))
+    return [*(note for loss in losses for note in loss.notes()), *counted]
 
 
 def check_rows(objective: Objective, data: Any, like: TokenDataset | None = None) -> Any:

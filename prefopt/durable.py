@@ -116,6 +116,23 @@ class DurableTrainer(HubTrainer):
         self.state.compute_steps(self.args, max_steps)
         return progress
 
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """As the stock method; settings that were allowed to change hold, and not those the states were saved with."""
+        if checkpoint is None or self.is_deepspeed_enabled:
+            super()._load_optimizer_and_scheduler(checkpoint)
+            return
+        optimizer: Any = self.optimizer
+        settings = [{k: v for k, v in group.items() if k not in ("params", "lr")} for group in optimizer.param_groups]
+        super()._load_optimizer_and_scheduler(checkpoint)
+        for group, own in zip(optimizer.param_groups, settings, strict=True):
+            group.update(own)
+        scheduler: Any = self.lr_scheduler
+        for number, (group, own) in enumerate(zip(optimizer.param_groups, settings, strict=True)):
+            was, now = getattr(scheduler, "base_lrs", [None] * (number + 1))[number], own.get("initial_lr")
+            if was is not None and now is not None and was != now:
+                scheduler.base_lrs[number] = now
+                group["lr"] = scheduler._last_lr[number] = group["lr"] * now / was if was else now
+
     def _load_rng_state(self, checkpoint: str | None) -> None:
         if checkpoint is not None and facts_of(Path(checkpoint))["run"]["world_size"] != self.args.world_size:
             set_seed(self.args.seed + self.state.global_step)  # the states are of other ranks

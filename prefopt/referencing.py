@@ -21,6 +21,7 @@ from prefopt.reference.identity import ADAPTER_OFF, Identity, identify
 from prefopt.reference.live import AdapterOff, FrozenModel, Reference, StartingPolicy, plan_reference
 from prefopt.reference.record import check_reference, record_reference
 from prefopt.reference.store import Entry, Store
+from prefopt.reference.upkeep import size
 
 if TYPE_CHECKING:
     from prefopt.trainer import PreferenceTrainer
@@ -138,7 +139,7 @@ def _cached(trainer: PreferenceTrainer, source: Reference, identity: Identity, *
     if reason and must:
         raise UserError(reason)
     if reason:
-        say(f"reference: {reason}. It is scored beside the policy")
+        say(f"reference: {reason.rstrip('.')}. The reference is scored beside the policy")
         return None
     settings, args = trainer.args.reference or {}, trainer.args
     return CachedReference(
@@ -188,17 +189,17 @@ def _no_room(store: Store, missing: set[bytes], answers: Mapping[bytes, Answer],
         return ""
     needed = sum(4 * answers[id].length + _ROW_OVERHEAD for id in missing)
     free = shutil.disk_usage(store.folder).free
-    say(
-        f"reference: {len(missing):,} of {len(answers):,} answers are to be scored; {needed / _GB:.3f} GB will be "
-        f"written to {store.folder}"
-    )
     if needed > free:
-        return f"{store.folder} has {free / _GB:.3f} GB free, and the scores need {needed / _GB:.3f} GB"
+        return f"{store.folder} has {size(free)} free, and the scores need {size(needed)}"
     if max_gb is not None and store.bytes() + needed > max_gb * _GB:
         return (
-            f"{store.folder} holds {store.bytes() / _GB:.3f} GB, {needed / _GB:.3f} GB more would pass its limit of "
-            f"{max_gb:g} GB (reference.max_gb); `prefopt cache gc` makes room"
+            f"{store.folder} holds {size(store.bytes())}, and {size(needed)} more would pass its limit, "
+            f"reference.max_gb: {max_gb:g}. Raise it, or make room: prefopt cache gc --store {store.folder} --max_gb N"
         )
+    say(
+        f"reference: {len(missing):,} of {len(answers):,} answers are to be scored; {size(needed)} will be written to "
+        f"{store.folder}"
+    )
     return ""
 
 

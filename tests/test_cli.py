@@ -169,7 +169,7 @@ def test_its_files_agree_with_each_other(run_folder):
 def test_the_opening_lines_say_what_runs(run_folder):
     out = (run_folder.parents[1] / "out.txt").read_text()
     for part in ("launch: 1 process,", "10 of 10 rows kept", "loss: 1 DPO(beta=0.2)", "self-check: scores agree",
-                 "answers are to be scored", "start-up margins: largest |log-ratio| "):  # fmt: skip
+                 "reference: cached: the starting policy", "start-up margins: largest |log-ratio| "):  # fmt: skip
         assert part in out
 
 
@@ -322,7 +322,7 @@ def test_the_cache_is_listed_checked_and_cleared(prefopt, tmp_path):
 
     place = ("--store", str(tmp_path))
     assert prefopt("cache", "ls", *place) == (0, f"{tmp_path}: 0 entries, 0.0 MB\n", "")
-    entry = Store(tmp_path).entry("12" * 32, {"model": "tiny"})
+    entry = Store(tmp_path).entry("12" * 32, {"name": "tiny"})
     entry.write({bytes(32): np.ones(9, np.float32)})
     assert "121212121212  tiny" in prefopt("cache", "ls", *place)[1]
     assert prefopt("cache", "verify", *place) == (0, "every row is as it was written\n", "")

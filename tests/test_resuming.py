@@ -349,3 +349,22 @@ def test_other_versions_are_said(run, capsys, monkeypatch):
     monkeypatch.setattr("prefopt.durable.versions", lambda: {"torch": "1.0"})
     start(run, save_steps=3, peft_config=None)
     assert re.search(r"resume: with other versions, so not to the bit: .*torch 1\.0 \(was ", capsys.readouterr().out)
+
+
+@pytest.mark.parametrize("schedule", ["linear", "constant", "cosine"])
+def test_an_allowed_learning_rate_holds_from_the_next_step_on(tmp_path, schedule):
+    def run(rate, resume=None, **settings):
+        trainer = make_trainer(
+            tmp_path, text_pairs(8), optim="adamw_torch", learning_rate=rate, weight_decay=settings.pop("decay", 0.0),
+            lr_scheduler_type=schedule, save_strategy="steps", save_steps=2, per_device_train_batch_size=2, **settings,
+        )  # fmt: skip
+        trainer.train(resume_from_checkpoint=resume)
+        return trainer
+
+    rates = {line["step"]: line["learning_rate"] for line in run(1e-3).state.log_history if "learning_rate" in line}
+    changed = run(
+        2e-3, str(tmp_path / "checkpoint-2"), allow_change=["learning_rate", "weight_decay"], decay=0.1
+    )  # fmt: skip
+    later = [line for line in changed.state.log_history if "learning_rate" in line and line["step"] > 2]
+    assert [line["learning_rate"] for line in later] == pytest.approx([2 * rates[3], 2 * rates[4]])
+    assert max(group["weight_decay"] for group in changed.optimizer.param_groups) == 0.1

@@ -27,7 +27,9 @@ def table(entries: Sequence[EntryInfo]) -> list[str]:
     lines += [
         (
             entry.key[:12],
-            f"damaged: {entry.damaged}" if entry.damaged else str(entry.about.get("model", "")),
+            f"damaged: {entry.damaged}"
+            if entry.damaged
+            else str(entry.about.get("name") or entry.about.get("class", "")),
             entry.kind,
             f"{entry.rows:,}",
             size(entry.bytes),
@@ -56,14 +58,14 @@ def verify(folder: str | Path | None = None) -> list[str]:
 def gc(
     store: Store, *, max_gb: float | None = None, older_than: float | None = None, dry_run: bool = False
 ) -> Collected:
-    """Delete what was set aside as damaged, entries not used for `older_than` days, and then, until the store has at
-    most `max_gb`, those used longest ago. Entries for which a process computes stay. `dry_run` only says what would go.
+    """Delete what is damaged, entries not used for `older_than` days, and then, until the store has at most `max_gb`,
+    those used longest ago. Entries for which a process computes stay. `dry_run` only says what would go.
     """
     done = Collected([(path, _bytes(path)) for path in store.leftovers()])
     left = store.bytes() - sum(size for _, size in done.removed)
     for entry in store.entries():
         unused = older_than is not None and entry.used < time.time() - older_than * _DAY
-        if not unused and (max_gb is None or left <= max_gb * _GB):
+        if not (unused or entry.damaged) and (max_gb is None or left <= max_gb * _GB):
             continue
         if lease_of(entry.path).is_held():
             done.in_use.append(entry.path)

@@ -18,7 +18,7 @@ from prefopt.reference.store import Entry, Store
 
 KEY = hashlib.sha256(b"a reference").hexdigest()
 OTHER_KEY = hashlib.sha256(b"another reference").hexdigest()
-ABOUT = {"model": "tiny", "dtype": "float32"}
+ABOUT = {"name": "tiny", "dtype": "float32"}
 IDS = [hashlib.sha256(b"%d" % number).digest() for number in range(120)]
 KILLED = -signal.SIGKILL
 
