@@ -32,7 +32,7 @@ _WIDTH = 34
 # Folders whose files speak for themselves; of the others every module has its line.
 _WHOLE_FOLDERS = {
     "configs/accelerate": "launch settings for one process, DDP, FSDP2 and DeepSpeed",
-    "tests": "mirrors prefopt/; oracle/ against TRL and formulas, distributed/ on two processes, faults/ kills and damage",
+    "tests": "mirrors prefopt/; oracle/ against TRL and formulas, distributed/ on two ranks, faults/ kills and damage",
 }
 _FOLDERS = {
     "configs": "recipes, shipped with the package",
