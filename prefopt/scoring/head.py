@@ -1,20 +1,13 @@
-"""The softmax head: hidden states of scored tokens in, one number per token out, no `[M, V]` tensor in between.
+"""The softmax head: hidden states of scored tokens in, numbers per token out, no `[M, V]` tensor in between.
 
-Logits are made a tile at a time (some tokens by some vocabulary entries), folded into running sums and thrown away; the
-backward pass makes them again. What is kept between the two passes is flat: a few `[M]` vectors beside the inputs.
-
-Letters: `M` scored tokens, `H` hidden size, `V` vocabulary. With `z = softcap(scale * (h W^T + b))`, `p = softmax(z)`:
-
-    logp = z_y - lse(z)         d logp    / dz_v = 1[v = y] - p_v
-    entropy = -sum p log p      d entropy / dz_v = -p_v (log p_v + entropy)
-
-Two disjoint parts of the vocabulary join exactly: their log-sum-exps by `logaddexp`, their entropies by the chain rule
-of entropy, `H = sum_i w_i (H_i - log w_i)` with `w_i` the mass of part i. Nothing there subtracts two large numbers.
+Logits are made a tile at a time (some tokens by some vocabulary entries), folded into running sums (`sums.py`) and
+thrown away; the backward pass makes them again (`gradients.py`). What is kept between the two passes is flat: a few
+`[M]` vectors beside the inputs. Letters: `M` scored tokens, `H` hidden size, `V` vocabulary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
 from typing import Any
 
 import torch
@@ -22,18 +15,16 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from prefopt.errors import UserError, nearest
+from prefopt.scoring.distribution import Distribution, ExpectedRows
+from prefopt.scoring.expected import expected_forward_kl
+from prefopt.scoring.gradients import Upstream, gradients
 from prefopt.scoring.scores import STATISTICS
+from prefopt.scoring.sums import Totals, sweep, sweep_both
+from prefopt.scoring.tiles import TiledLogits, full_precision, sum_dtype
 from prefopt.scoring.zero import gathered
 
-# A tile of logits should stay in a core's cache on a CPU and keep all multiprocessors of a GPU busy.
-CPU_TILE_BYTES = 4 * 2**20
-DEVICE_TILE_BYTES = 128 * 2**20
-CPU_TILE_TOKENS = 1024
-DEVICE_TILE_TOKENS = 4096
-TILE_ALIGNMENT = 256
-
-_IMPLEMENTED = ("logp", "ref_logp", "entropy")
-_MM_WIDENS = hasattr(torch.ops.aten.mm, "dtype")  # bf16 operands, float32 result: torch 2.8 and later, CUDA only
+_DIVERGENCES = ("forward_kl", "reverse_kl")
+_OF_THE_REFERENCE = ("ref_logp", *_DIVERGENCES)
 
 
 def score_tokens(
@@ -48,44 +39,98 @@ def score_tokens(
     statistics: tuple[str, ...] = ("logp",),
     softcap: float | None = None,
     scale: float = 1.0,
+    ref_softcap: float | None = None,
+    ref_scale: float | None = None,
 ) -> dict[str, Tensor]:
     """Statistics of the next-token distributions `softmax(softcap(scale * (hidden head^T + bias)))`.
 
     `hidden` is `[M, H]`, `head` `[V, H]`, `targets` `[M]` int64, `bias` `[V]`; a `softcap` c means `c * tanh(z / c)`.
-    Returns `{name: [M]}` in nats for the names in `statistics`:
+    The reference has its own `ref_hidden` `[M, Hr]`, `ref_head` `[V, Hr]` and `ref_bias`; its cap and scale are the
+    policy's unless given (`math.inf` for no cap). Returns `{name: [M]}` in nats for the names in `statistics`:
 
-    - `logp`: log-probability of the target. Differentiable in `hidden`, `head` and `bias`.
-    - `entropy`: entropy of the whole distribution. Differentiable likewise; costs one pass more over each tile.
-    - `ref_logp`: `logp` under `ref_hidden`, `ref_head` and `ref_bias` (same cap and scale), without gradient.
+    - `logp`: log-probability of the target.
+    - `entropy`: entropy of the whole distribution; costs one pass more over each tile.
+    - `forward_kl`: KL(reference || policy) of the whole distributions. `reverse_kl`: KL(policy || reference).
+    - `ref_logp`: `logp` under the reference.
 
-    Numbers are float64 if hidden states or head are, float32 otherwise, whatever autocast says. Memory does not grow
-    with `V`. Without any token the gradients are zeros, not absent, so every rank of a distributed run has them. A
-    target outside the vocabulary gives NaN (a check would stall a GPU). Raises `ValueError` for an unknown name or a
-    missing reference, `UserError` for a known statistic this version does not compute.
+    All but `ref_logp` are differentiable in `hidden`, `head` and `bias`; no gradient reaches the reference. Numbers are
+    float64 if hidden states or a head are, float32 otherwise, whatever autocast says. Memory does not grow with `V`.
+    Without any token the gradients are zeros, not absent, so every rank of a distributed run has them. A target outside
+    the vocabulary gives NaN (a check would stall a GPU). Raises `ValueError` for an unknown name or a missing
+    reference, `UserError` for two vocabularies of different size.
     """
-    _check_statistics(statistics, (ref_hidden is not None, ref_head is not None))
+    policy, reference = Distribution(hidden, head, bias, scale, softcap), None
+    if ref_hidden is not None and ref_head is not None:
+        cap = softcap if ref_softcap is None else ref_softcap
+        cap = None if cap is None or math.isinf(cap) else cap
+        reference = Distribution(ref_hidden, ref_head, ref_bias, scale if ref_scale is None else ref_scale, cap)
+    return statistics_of(policy, targets, statistics, reference)
+
+
+def statistics_of(
+    policy: Distribution,
+    targets: Tensor,
+    statistics: tuple[str, ...],
+    reference: Distribution | ExpectedRows | None = None,
+) -> dict[str, Tensor]:
+    """What `score_tokens` returns, for a policy and a reference that are already put together."""
+    _check_statistics(statistics, reference is not None)
+    if isinstance(reference, ExpectedRows):
+        return _beside_rows(policy, targets, statistics, reference)
     scores: dict[str, Tensor] = {}
-    if "logp" in statistics or "entropy" in statistics:
-        arguments = (hidden, _whole(head), _whole(bias), targets, scale, softcap, "entropy" in statistics)
-        scores["logp"], scores["entropy"] = _HeadScores.apply(*arguments)
-    if ref_hidden is not None and ref_head is not None and "ref_logp" in statistics:
-        with torch.no_grad(), _full_precision(ref_hidden):
-            reference = _Head(ref_hidden, _whole(ref_head), _whole(ref_bias), scale, softcap)
-            scores["ref_logp"] = _sweep(reference, targets, with_entropy=False)[0]
+    if reference is not None:
+        reference = _whole_distribution(reference)
+        _check_vocabularies(policy, reference)
+        if not set(statistics) & set(_DIVERGENCES):  # two passes apart, so that only the policy's is kept for later
+            with torch.no_grad(), full_precision(reference.hidden):
+                scores["ref_logp"] = sweep(TiledLogits(reference, sum_dtype(reference)), targets).logp
+            reference = None
+    if set(statistics) - set(scores):
+        scores |= _score(policy, targets, statistics, reference)
     return {name: scores[name] for name in statistics}
 
 
-def _check_statistics(statistics: tuple[str, ...], reference_given: tuple[bool, bool]) -> None:
+def _score(
+    policy: Distribution, targets: Tensor, statistics: tuple[str, ...], reference: Distribution | None
+) -> dict[str, Tensor]:
+    """The statistics that one differentiable pass gives, and the policy's log-sum-exp as `lse`."""
+    arguments = (policy.hidden, _whole(policy.head), _whole(policy.bias), targets, policy.scale, policy.softcap)
+    results = _HeadScores.apply(*arguments, reference, statistics)
+    return {name: value for name, value in zip(_RESULTS, results, strict=True) if value is not None}
+
+
+def _beside_rows(
+    policy: Distribution, targets: Tensor, statistics: tuple[str, ...], reference: ExpectedRows
+) -> dict[str, Tensor]:
+    """Statistics against a reference of which the expected rows of the common head are known."""
+    if "reverse_kl" in statistics:
+        raise UserError(
+            "the reverse KL is not a function of the reference's expected head rows. Write reference: {source: live}"
+        )
+    scores = _score(policy, targets, statistics, None)
+    scores["ref_logp"] = reference.ref_logp
+    if "forward_kl" in statistics:
+        scores["forward_kl"] = expected_forward_kl(policy, scores["lse"], reference)
+    return {name: scores[name] for name in statistics}
+
+
+def _check_statistics(statistics: tuple[str, ...], reference_given: bool) -> None:
     for name in statistics:
         if name not in STATISTICS:
             raise ValueError(f"unknown statistic `{name}`.{nearest(name, STATISTICS)} Known: {', '.join(STATISTICS)}")
-        if name not in _IMPLEMENTED:
-            raise UserError(
-                f"statistic `{name}` compares two whole next-token distributions, which this version does not compute. "
-                f"Choose a loss that needs only: {', '.join(_IMPLEMENTED)}."
-            )
-    if reference_given != ("ref_logp" in statistics,) * 2:
-        raise ValueError("statistic `ref_logp` and arguments `ref_hidden` and `ref_head` go together: all or none")
+    if reference_given != any(name in statistics for name in _OF_THE_REFERENCE):
+        raise ValueError(
+            f"statistics {', '.join(_OF_THE_REFERENCE)} and a reference (`ref_hidden` and `ref_head`) go together"
+        )
+
+
+def _check_vocabularies(policy: Distribution, reference: Distribution) -> None:
+    ours, theirs = policy.head.shape[0], reference.head.shape[0]
+    if ours != theirs:
+        raise UserError(
+            f"the head of the reference has {theirs} rows and that of the policy {ours}: their distributions cannot be "
+            "compared. Use a reference of the same family, with its embeddings resized as the policy's are."
+        )
 
 
 def _whole(parameter: Tensor | None) -> Any:
@@ -100,129 +145,16 @@ def _whole(parameter: Tensor | None) -> Any:
     return parameter.full_tensor()
 
 
-def _full_precision(tensor: Tensor) -> torch.autocast:
-    return torch.autocast(tensor.device.type, enabled=False)
+@torch.no_grad()
+def _whole_distribution(model: Distribution) -> Distribution:
+    return Distribution(model.hidden.detach(), _whole(model.head), _whole(model.bias), model.scale, model.softcap)
 
 
-def _tile_shape(hidden: Tensor, vocabulary: int, itemsize: int) -> tuple[int, int]:
-    """Tokens and vocabulary entries of one tile: all tokens up to a limit, then the bytes decide.
-
-    The bytes bound the tile of logits and the slice of the head `[columns, H]` beside it. Odd widths make matrix
-    products slow, so a width is a multiple of `TILE_ALIGNMENT` where that leaves any.
-    """
-    tokens, width = hidden.shape
-    on_cpu = hidden.device.type == "cpu"
-    rows = max(1, min(tokens, CPU_TILE_TOKENS if on_cpu else DEVICE_TILE_TOKENS))
-    budget = CPU_TILE_BYTES if on_cpu else DEVICE_TILE_BYTES
-    columns = budget // (max(rows, width) * itemsize)
-    return rows, max(1, min(vocabulary, columns // TILE_ALIGNMENT * TILE_ALIGNMENT or columns))
-
-
-def _slices(length: int, step: int) -> Iterator[slice]:
-    return (slice(start, min(start + step, length)) for start in range(0, length, step))
-
-
-class _Head:
-    """The logits of one model at `M` tokens, made tile by tile; a comparison of two models holds two of these.
-
-    `dtype` is that of sums and results. Operands of matrix products have it too, except bf16 on CUDA: there a product
-    of bf16 operands can have a float32 result, and only the logits' gradient is rounded to bf16, as in any bf16 head.
-    """
-
-    def __init__(
-        self, hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float, softcap: float | None
-    ) -> None:
-        types = {hidden.dtype, weight.dtype}
-        self.dtype = torch.float64 if torch.float64 in types else torch.float32
-        self.narrow = types == {torch.bfloat16} and hidden.is_cuda and _MM_WIDENS
-        self.operand_dtype = torch.bfloat16 if self.narrow else self.dtype
-        self.hidden = hidden.to(self.operand_dtype)
-        self.weight, self.bias = weight, bias
-        self.scale, self.softcap = scale, softcap
-
-    def tiles(self) -> tuple[list[slice], list[slice]]:
-        """Slices of the tokens and of the vocabulary."""
-        vocabulary = self.weight.shape[0]
-        rows, columns = _tile_shape(self.hidden, vocabulary, self.dtype.itemsize)
-        return list(_slices(self.hidden.shape[0], rows)), list(_slices(vocabulary, columns))
-
-    def operands(self, columns: slice) -> tuple[Tensor, Tensor | None]:
-        """Weight and bias of some vocabulary entries, ready to multiply: made once for all tokens."""
-        bias = None if self.bias is None else self.bias[columns].to(self.dtype)
-        return self.weight[columns].to(self.operand_dtype), bias
-
-    def logits(self, rows: slice, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """One tile of logits, a fresh tensor."""
-        z = self.product(self.hidden[rows], weight.t())
-        if bias is not None:
-            z.add_(bias)
-        if self.scale != 1.0:
-            z.mul_(self.scale)
-        if self.softcap is not None:
-            z.div_(self.softcap).tanh_().mul_(self.softcap)
-        return z
-
-    def slope(self, z: Tensor) -> Tensor | float:
-        """Derivative of the logits `z` with respect to `hidden weight^T + bias`."""
-        if self.softcap is None:
-            return self.scale
-        return (z / self.softcap).square_().neg_().add_(1.0).mul_(self.scale)
-
-    def product(self, left: Tensor, right: Tensor) -> Tensor:
-        """Matrix product in `dtype`; operands are narrowed first where the device prefers that."""
-        left, right = left.to(self.operand_dtype), right.to(self.operand_dtype)
-        return torch.mm(left, right, out_dtype=torch.float32) if self.narrow else torch.mm(left, right)
-
-
-def _in_tile(targets: Tensor, columns: slice) -> tuple[Tensor, Tensor]:
-    """Index of each target inside the tile `[rows, 1]` (clamped) and whether it lies there `[rows]`."""
-    local = targets - columns.start
-    width = columns.stop - columns.start
-    return local.clamp(0, width - 1).unsqueeze(1), (local >= 0) & (local < width)
-
-
-def _sweep(head: _Head, targets: Tensor, with_entropy: bool) -> tuple[Tensor, Tensor, Tensor | None]:
-    """`logp`, log-sum-exp and, if asked for, entropy: each `[M]`."""
-    lse = head.hidden.new_full(targets.shape, -torch.inf, dtype=head.dtype)
-    target_logit = torch.full_like(lse, torch.nan)
-    entropy = torch.zeros_like(lse) if with_entropy else None
-    row_tiles, column_tiles = head.tiles()
-    for columns in column_tiles:
-        weight, bias = head.operands(columns)
-        for rows in row_tiles:
-            z = head.logits(rows, weight, bias)
-            index, inside = _in_tile(targets[rows], columns)
-            target_logit[rows] = torch.where(inside, z.gather(1, index).squeeze(1), target_logit[rows])
-            part = z.logsumexp(1) if with_entropy else _logsumexp_(z)
-            joined = torch.logaddexp(lse[rows], part)
-            if entropy is not None:
-                entropy[rows] = _join_entropies(entropy[rows], lse[rows] - joined, _entropy_(z, part), part - joined)
-            lse[rows] = joined
-    return target_logit - lse, lse, entropy
-
-
-def _logsumexp_(z: Tensor) -> Tensor:
-    """Log-sum-exp of each row; overwrites `z`, which spares a tile."""
-    peak = z.amax(1).clamp_(min=torch.finfo(z.dtype).min)  # finite, so that a row of -inf gives -inf and not NaN
-    mass = z.sub_(peak.unsqueeze(1)).exp_().sum(1)
-    return peak + mass.log()
-
-
-def _entropy_(z: Tensor, lse: Tensor) -> Tensor:
-    """Entropy of each row's softmax, given its log-sum-exp; overwrites `z`."""
-    log_p = z.sub_(lse.unsqueeze(1))
-    return -log_p.exp().mul_(log_p).sum(1)
-
-
-def _join_entropies(first: Tensor, first_log_mass: Tensor, second: Tensor, second_log_mass: Tensor) -> Tensor:
-    """Entropy of a distribution made of two disjoint parts, from theirs and the logarithms of their masses."""
-    mass, rest = first_log_mass.exp(), second_log_mass.exp()
-    which: Tensor = torch.special.entr(mass) + torch.special.entr(rest)
-    return mass * first + rest * second + which
+_RESULTS = ("logp", "lse", "entropy", "forward_kl", "reverse_kl", "ref_logp")
 
 
 class _HeadScores(torch.autograd.Function):
-    """`logp` and `entropy` (None unless asked for) with a backward pass that makes the tiles again."""
+    """The statistics named in `_RESULTS` (None unless asked for); its backward pass makes the tiles again."""
 
     @staticmethod
     def forward(
@@ -233,74 +165,57 @@ class _HeadScores(torch.autograd.Function):
         targets: Tensor,
         scale: float,
         softcap: float | None,
-        with_entropy: bool,
-    ) -> tuple[Tensor, Tensor | None]:
+        reference: Distribution | None,
+        statistics: tuple[str, ...],
+    ) -> tuple[Tensor | None, ...]:
         ctx.set_materialize_grads(False)  # an entropy that is only logged must not cost a backward pass
-        with _full_precision(hidden):
-            logp, lse, entropy = _sweep(_Head(hidden, weight, bias, scale, softcap), targets, with_entropy)
-        ctx.save_for_backward(hidden, weight, bias, targets, lse, entropy)
-        ctx.scale, ctx.softcap = scale, softcap
-        return logp, entropy
+        policy = Distribution(hidden, weight, bias, scale, softcap)
+        found = _totals(policy, targets, reference, statistics)
+        ctx.scale, ctx.softcap, ctx.reference = scale, softcap, None
+        kept: tuple[Tensor | None, ...] = ()
+        if reference is not None:
+            ctx.reference = reference.scale, reference.softcap
+            ctx.mark_non_differentiable(found.ref_logp)
+            kept = (found.ref_lse, found.reverse_kl, reference.hidden, reference.head, reference.bias)
+        ctx.save_for_backward(hidden, weight, bias, targets, found.lse, found.entropy, *kept)
+        return tuple(getattr(found, name) for name in _RESULTS)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_logp: Tensor | None, grad_entropy: Tensor | None) -> tuple[Tensor | None, ...]:
-        hidden, weight, bias, targets, lse, entropy = ctx.saved_tensors
-        with _full_precision(hidden), gathered(weight, bias):
-            head = _Head(hidden, weight, bias, ctx.scale, ctx.softcap)
-            upstream = _Upstream(targets, lse, entropy, (grad_logp, grad_entropy))
-            gradients = _gradients(head, upstream, ctx.needs_input_grad[:3])
-        like = (hidden, weight, bias)
-        cast = [None if grad is None else grad.to(old.dtype) for grad, old in zip(gradients, like, strict=True)]
-        return (*cast, None, None, None, None)
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        hidden, weight, bias, targets, lse, entropy, *kept = ctx.saved_tensors
+        ref_lse, reverse_kl, *reference_tensors = kept or (None, None)
+        grad_logp, grad_lse, grad_entropy, grad_forward, grad_reverse, _ = grads
+        upstream = Upstream(
+            targets,
+            lse,
+            torch.zeros_like(lse) if grad_logp is None else grad_logp,
+            grad_lse,
+            None if grad_entropy is None else entropy,
+            grad_entropy,
+            ref_lse,
+            None if grad_reverse is None else reverse_kl,
+            grad_forward,
+            grad_reverse,
+        )
+        policy, reference = Distribution(hidden, weight, bias, ctx.scale, ctx.softcap), None
+        if grad_forward is not None or grad_reverse is not None:
+            reference = Distribution(*reference_tensors, *ctx.reference)
+        with full_precision(hidden), gathered(weight, bias):
+            theirs = None if reference is None else TiledLogits(reference, lse.dtype)
+            made = gradients(TiledLogits(policy, lse.dtype), theirs, upstream, ctx.needs_input_grad[:3])
+        cast = [
+            None if new is None else new.to(old.dtype) for new, old in zip(made, (hidden, weight, bias), strict=True)
+        ]
+        return (*cast, None, None, None, None, None)
 
 
-class _Upstream:
-    """What the backward pass knows of each token: its target, the forward pass's sums, and the incoming gradients."""
-
-    def __init__(self, targets: Tensor, lse: Tensor, entropy: Tensor | None, grads: tuple[Tensor | None, ...]) -> None:
-        self.targets, self.lse, self.entropy = targets, lse, entropy
-        grad_logp, self.grad_entropy = grads
-        self.grad_logp = torch.zeros_like(lse) if grad_logp is None else grad_logp
-
-    def at_logits(self, z: Tensor, rows: slice, columns: slice) -> Tensor:
-        """Gradient with respect to a tile of logits; overwrites `z`."""
-        grad_logp = self.grad_logp[rows].unsqueeze(1)
-        log_p = z.sub_(self.lse[rows].unsqueeze(1))
-        if self.entropy is None or self.grad_entropy is None:
-            gradient = log_p.exp_().mul_(-grad_logp)
-        else:
-            surprise = log_p + self.entropy[rows].unsqueeze(1)
-            pull = surprise.mul_(self.grad_entropy[rows].unsqueeze(1)).add_(grad_logp)
-            gradient = log_p.exp_().mul_(pull.neg_())
-        index, inside = _in_tile(self.targets[rows], columns)
-        return gradient.scatter_add_(1, index, grad_logp * inside.unsqueeze(1))
-
-
-def _gradients(head: _Head, upstream: _Upstream, needed: tuple[bool, bool, bool]) -> tuple[Tensor | None, ...]:
-    """Gradients of hidden states and bias in `head.dtype` and of the weight in its own, or None where not needed.
-
-    The vocabulary is the outer loop, so each slice of the weight's gradient is summed over all tokens in `head.dtype`
-    and rounded once, and no float32 copy of a whole bf16 gradient exists.
-    """
-    for_hidden, for_weight, for_bias = needed
-    grad_hidden = torch.zeros_like(head.hidden, dtype=head.dtype) if for_hidden else None
-    grad_weight = torch.empty_like(head.weight) if for_weight else None
-    grad_bias = torch.zeros_like(head.bias, dtype=head.dtype) if for_bias and head.bias is not None else None
-    row_tiles, column_tiles = head.tiles()
-    for columns in column_tiles:
-        weight, bias = head.operands(columns)
-        weight_sum = torch.zeros_like(weight, dtype=head.dtype) if for_weight else None
-        for rows in row_tiles:
-            z = head.logits(rows, weight, bias)
-            slope = head.slope(z)
-            dz = upstream.at_logits(z, rows, columns).mul_(slope)
-            if grad_hidden is not None:
-                grad_hidden[rows] += head.product(dz, weight)
-            if weight_sum is not None:
-                weight_sum += head.product(dz.t(), head.hidden[rows])
-            if grad_bias is not None:
-                grad_bias[columns] += dz.sum(0)
-        if grad_weight is not None and weight_sum is not None:
-            grad_weight[columns] = weight_sum
-    return grad_hidden, grad_weight, grad_bias
+def _totals(
+    policy: Distribution, targets: Tensor, reference: Distribution | None, statistics: tuple[str, ...]
+) -> Totals:
+    dtype = sum_dtype(policy, reference)
+    with full_precision(policy.hidden):
+        ours = TiledLogits(policy, dtype)
+        if reference is None:
+            return sweep(ours, targets, with_entropy="entropy" in statistics)
+        return sweep_both(ours, targets, TiledLogits(reference, dtype), statistics)
