@@ -109,7 +109,7 @@ def _reference_model(recipe: Recipe) -> str:
 
 
 def _reference_source(recipe: Recipe) -> str:
-    if recipe.reference.source == "live":
+    if _is_live(recipe):
         held = "A second model is held for it." if _holds_second_model(recipe) else "No second model is held."
         return f"It is scored beside the policy at every step. {held}"
     store = recipe.reference.store or default_folder()
@@ -119,9 +119,14 @@ def _reference_source(recipe: Recipe) -> str:
     )
 
 
+def _is_live(recipe: Recipe) -> bool:
+    """Whether the reference is scored in training; whole distributions are not stored."""
+    return recipe.reference.source == "live" or recipe.objective().reference == "distribution"
+
+
 def _holds_second_model(recipe: Recipe) -> bool:
     """Whether another model lies beside the policy in training."""
-    if recipe.objective().reference == "none" or recipe.reference.source != "live":
+    if recipe.objective().reference == "none" or not _is_live(recipe):
         return False
     return recipe.reference.model is not None or not recipe.model.use_peft
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate.utils import broadcast_object_list
-from torch import nn
+from torch import Tensor, nn
 
 from prefopt.console import say
 from prefopt.data.collation import Collator
@@ -18,7 +18,15 @@ from prefopt.errors import UserError
 from prefopt.reference.answers import Answer, answers_of
 from prefopt.reference.cached import CachedReference
 from prefopt.reference.identity import ADAPTER_OFF, Identity, identify
-from prefopt.reference.live import AdapterOff, FrozenModel, Reference, StartingPolicy, plan_reference
+from prefopt.reference.live import (
+    AdapterOff,
+    FrozenModel,
+    LiveReference,
+    Reference,
+    StartingPolicy,
+    plan_of,
+    plan_reference,
+)
 from prefopt.reference.record import check_reference, record_reference
 from prefopt.reference.store import Entry, Store
 from prefopt.reference.upkeep import size
@@ -43,7 +51,12 @@ def open_reference_scores(
     """
     need, source = trainer.objective.reference, (trainer.args.reference or {}).get("source", "auto")
     options: dict[str, Any] = {"fresh_adapter": fresh_adapter, "explicit": explicit}
-    cached = need != "none" and source != "live" and not _is_sharded(trainer, must=source == "cached")
+    if need == "distribution" and source == "cached":
+        raise UserError(
+            "reference: this loss compares whole distributions, which cannot be cached yet. Write "
+            "reference: {source: live}"
+        )
+    cached = need == "logp" and source != "live" and not _is_sharded(trainer, must=source == "cached")
     reference = plan_reference(need, trainer.model, before_training=cached, **options)
     if need == "none":
         return reference, None
@@ -59,6 +72,22 @@ def open_reference_scores(
             reference = plan_reference(need, trainer.model, **options)
     reference.prepare(trainer.accelerator)
     return reference, identity
+
+
+def score_both(
+    policy: nn.Module, reference: Reference, need: str, batch: dict[str, Any], statistics: tuple[str, ...]
+) -> dict[str, Tensor]:
+    """The policy's `statistics` at the tokens of a batch and, if there is a `need` for a reference, its `ref_logp`.
+
+    The reference goes first: its activations are gone when the policy's, kept for the backward pass, are made.
+    """
+    if need == "distribution":
+        assert isinstance(reference, LiveReference)  # no other source is let in for this need
+        whole = reference.distribution(policy, batch)
+        scores: dict[str, Tensor] = policy(**plan_of(batch), statistics=(*statistics, "ref_logp"), reference=whole)
+        return scores
+    known = reference.scores(policy, batch)
+    return {**policy(**plan_of(batch), statistics=statistics), **known}
 
 
 def _is_sharded(trainer: PreferenceTrainer, *, must: bool) -> bool:

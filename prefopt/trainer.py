@@ -35,8 +35,7 @@ from prefopt.losses import Loss, Objective, sides_of
 from prefopt.metrics import MetricSums
 from prefopt.models import complete_tokenizer, open_model, open_reference, prepare_policy, tokenizer_of
 from prefopt.predictions import Predictions
-from prefopt.reference.live import plan_of
-from prefopt.referencing import attach, begin_training, open_reference_scores
+from prefopt.referencing import attach, begin_training, open_reference_scores, score_both
 from prefopt.scoring import TokenScores
 from prefopt.scoring.modes import evaluating
 
@@ -180,9 +179,8 @@ class PreferenceTrainer(DurableTrainer):
     def score(self, model: nn.Module, batch: Batch) -> TokenScores:
         """Policy and reference scores of the tokens of a batch that is on the device."""
         statistics = dict.fromkeys(("logp", "entropy", *self.objective.statistics))
-        policy = model(**plan_of(batch), statistics=tuple(statistics))
-        reference = self.reference.scores(model, batch)
-        return TokenScores(batch["size"], batch["sequence"], **policy, **reference)
+        scores = score_both(model, self.reference, self.objective.reference, batch, tuple(statistics))
+        return TokenScores(batch["size"], batch["sequence"], **scores)
 
     def compute_loss(
         self, model: nn.Module, inputs: Batch, return_outputs: bool = False, num_items_in_batch: Any = None

@@ -129,6 +129,22 @@ def pair_metrics(view: Pairs, chosen_reward: Tensor, rejected_reward: Tensor) ->
 
 
 @torch.no_grad()
+def divergence_metrics(view: Pairs) -> dict[str, Tensor]:
+    """What pair losses with a forward KL log of it, `[B]` each, in nats.
+
+    `seqkl/*` are sums over the tokens of an answer, `seqkl/margin` rejected less chosen; `kl_per_token/*` their means.
+    """
+    chosen, rejected = view.chosen.total("forward_kl"), view.rejected.total("forward_kl")
+    return {
+        "seqkl/chosen": chosen,
+        "seqkl/rejected": rejected,
+        "seqkl/margin": rejected - chosen,
+        "kl_per_token/chosen": view.chosen.mean("forward_kl"),
+        "kl_per_token/rejected": view.rejected.mean("forward_kl"),
+    }
+
+
+@torch.no_grad()
 def answer_metrics(view: Completions, reward: Tensor) -> dict[str, Tensor]:
     """What every loss of single answers logs, for desirable and other answers apart; an absent class has no values.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol, cast
@@ -15,7 +16,8 @@ from torch import Tensor, nn
 from prefopt.data.collation import MODEL_KEYS
 from prefopt.errors import UserError
 from prefopt.models import silence_dropout
-from prefopt.scoring.model import causal_lm, enable_scoring, refuse_unsupported
+from prefopt.scoring.distribution import Distribution
+from prefopt.scoring.model import DISTRIBUTION, causal_lm, enable_scoring, refuse_unsupported
 from prefopt.scoring.modes import evaluating
 
 # Saved as a folder beside the adapter in training; a name that starts with `_` is not pushed to the Hub.
@@ -54,7 +56,23 @@ class NoReference:
         return {}
 
 
-class FrozenModel:
+class LiveReference(ABC):
+    """A reference that is a model at hand, asked for log-probabilities or for its distributions batch by batch."""
+
+    def scores(self, policy: nn.Module, batch: dict[str, Any]) -> dict[str, Tensor]:
+        return {"ref_logp": self._run(policy, batch, ("logp",))["logp"]}
+
+    def distribution(self, policy: nn.Module, batch: dict[str, Any]) -> Distribution:
+        """What the policy's forward needs to compare whole distributions at the tokens of `batch`."""
+        found: Distribution = self._run(policy, batch, DISTRIBUTION)["distribution"]
+        return found
+
+    @abstractmethod
+    def _run(self, policy: nn.Module, batch: dict[str, Any], statistics: tuple[str, ...]) -> dict[str, Any]:
+        """The scoring forward of the reference, in evaluation mode and without gradient."""
+
+
+class FrozenModel(LiveReference):
     """A second model that never changes: a copy of the starting policy, or one from another path."""
 
     def __init__(self, model: nn.Module, *, is_start: bool, summary: str) -> None:
@@ -79,12 +97,13 @@ class FrozenModel:
             accelerator._models.remove(self.model)
         self.model.eval()
 
-    def scores(self, policy: nn.Module, batch: dict[str, Any]) -> dict[str, Tensor]:
+    def _run(self, policy: nn.Module, batch: dict[str, Any], statistics: tuple[str, ...]) -> dict[str, Any]:
         with torch.no_grad():
-            return {"ref_logp": self.model(**plan_of(batch))["logp"]}
+            found: dict[str, Any] = self.model(**plan_of(batch), statistics=statistics)
+            return found
 
 
-class AdapterOff:
+class AdapterOff(LiveReference):
     """The policy's own base weights, with its adapter off, or with a frozen copy of the one training began with."""
 
     is_start = True
@@ -97,9 +116,10 @@ class AdapterOff:
     def prepare(self, accelerator: Accelerator) -> None:
         pass
 
-    def scores(self, policy: nn.Module, batch: dict[str, Any]) -> dict[str, Tensor]:
+    def _run(self, policy: nn.Module, batch: dict[str, Any], statistics: tuple[str, ...]) -> dict[str, Any]:
         with evaluating(policy), self._switched(_peft_model(policy)):
-            return {"ref_logp": policy(**plan_of(batch))["logp"]}
+            found: dict[str, Any] = policy(**plan_of(batch), statistics=statistics)
+            return found
 
     @contextmanager
     def _switched(self, model: PeftModel) -> Iterator[None]:
@@ -115,7 +135,7 @@ class AdapterOff:
             tuner.set_adapter(active)
 
 
-class StartingPolicy:
+class StartingPolicy(LiveReference):
     """The policy itself, which is its own reference until training moves it: no second model is held."""
 
     is_start = True
@@ -124,9 +144,10 @@ class StartingPolicy:
     def prepare(self, accelerator: Accelerator) -> None:
         pass
 
-    def scores(self, policy: nn.Module, batch: dict[str, Any]) -> dict[str, Tensor]:
+    def _run(self, policy: nn.Module, batch: dict[str, Any], statistics: tuple[str, ...]) -> dict[str, Any]:
         with evaluating(policy):
-            return {"ref_logp": policy(**plan_of(batch))["logp"]}
+            found: dict[str, Any] = policy(**plan_of(batch), statistics=statistics)
+            return found
 
 
 def plan_reference(
@@ -137,7 +158,7 @@ def plan_reference(
     explicit: nn.Module | None = None,
     before_training: bool = False,
 ) -> Reference:
-    """Choose the source for a loss that needs `none` or `logp`, before training moves the policy.
+    """Choose the source for a loss's `need` (`none`, `logp` or `distribution`), before training moves the policy.
 
     `fresh_adapter`: the adapter was just made, so switching it off gives the starting policy, unless its configuration
     has it start elsewhere (PiSSA). `explicit`: a model that was asked for by name, whose margins need not be 0.

@@ -20,7 +20,8 @@ from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from prefopt.errors import UserError
-from prefopt.scoring.head import score_tokens
+from prefopt.scoring.distribution import Distribution, ExpectedRows
+from prefopt.scoring.head import statistics_of
 from prefopt.scoring.zero import gathered
 
 # The power to which a configuration field enters the factor on the logits.
@@ -40,7 +41,10 @@ _SCORING_ARGUMENTS = (
     inspect.Parameter("source", inspect.Parameter.KEYWORD_ONLY, default=None),
     inspect.Parameter("target", inspect.Parameter.KEYWORD_ONLY, default=None),
     inspect.Parameter("statistics", inspect.Parameter.KEYWORD_ONLY, default=("logp",)),
+    inspect.Parameter("reference", inspect.Parameter.KEYWORD_ONLY, default=None),
 )
+DISTRIBUTION = ("distribution",)
+"""`statistics` of a reference pass: not numbers, but what the policy's forward needs to compare itself with it."""
 
 
 def enable_scoring(model: nn.Module) -> None:
@@ -49,6 +53,8 @@ def enable_scoring(model: nn.Module) -> None:
     With the keyword `source` (flat positions in `[R * T]` whose hidden states predict) the call runs the backbone on
     `input_ids` `[R, T]`, `attention_mask`, `position_ids` and whatever else the backbone takes, and returns the
     `statistics` (see `score_tokens`) of the tokens `target` `[M]`. Without it, the call is the ordinary forward.
+    Statistics that compare with a reference want it as `reference`: a `Distribution`, which another model's call with
+    `statistics=DISTRIBUTION` returns as `{"distribution": ...}`, or `ExpectedRows`, where the head is frozen.
 
     Only this instance changes: no module, parameter or class is replaced, and a deep copy scores with its own weights.
     Call it before `accelerate.prepare`; a second call does nothing. Raises `UserError` for a model that has no backbone
@@ -78,13 +84,21 @@ def _scoring_forward(kind: type[PreTrainedModel]) -> Callable[..., Any]:
         source: Tensor | None = None,
         target: Tensor | None = None,
         statistics: tuple[str, ...] = ("logp",),
+        reference: Distribution | ExpectedRows | None = None,
         **inputs: Any,
     ) -> Any:
         if source is None:
             return type(self).forward(self, *args, **inputs)
         if target is None or args:
             raise TypeError("scoring needs `target` beside `source`, and takes keyword arguments only")
-        return _score(self, source, target, statistics, inputs)
+        given = {
+            name: value for name, value in inputs.items() if value is not None
+        }  # PEFT fills in what was not passed
+        hidden = self.base_model(**{**given, "use_cache": False})[0].flatten(0, 1).index_select(0, source)
+        with _distribution(self, hidden, lasting=statistics == DISTRIBUTION) as distribution:
+            if statistics == DISTRIBUTION:
+                return {"distribution": distribution}
+            return statistics_of(distribution, target, statistics, reference)
 
     # `generate` reads from the signature whether to pass a mask and positions.
     own = inspect.signature(kind.forward)
@@ -95,22 +109,19 @@ def _scoring_forward(kind: type[PreTrainedModel]) -> Callable[..., Any]:
     return forward
 
 
-def _score(
-    model: PreTrainedModel, source: Tensor, target: Tensor, statistics: tuple[str, ...], inputs: dict[str, Any]
-) -> dict[str, Tensor]:
-    given = {name: value for name, value in inputs.items() if value is not None}  # PEFT fills in what was not passed
-    hidden = model.base_model(**{**given, "use_cache": False})[0]
-    scale, softcap = head_transform(model.config)
+@contextmanager
+def _distribution(model: PreTrainedModel, hidden: Tensor, *, lasting: bool) -> Iterator[Distribution]:
+    """The model's distributions at `hidden` `[M, H]`, with a head that is whole in the block, or also after it."""
     with _unsharded(_output_head(model)) as head, gathered(head.weight, getattr(head, "bias", None)):
-        return score_tokens(
-            hidden.flatten(0, 1).index_select(0, source),
-            head.weight,
-            target,
-            bias=getattr(head, "bias", None),
-            statistics=statistics,
-            softcap=softcap,
-            scale=scale,
-        )
+        weight, bias = head.weight, getattr(head, "bias", None)
+        if lasting and _in_pieces(model, head):
+            weight, bias = weight.detach().clone(), None if bias is None else bias.detach().clone()
+        yield Distribution(hidden, weight, bias, *head_transform(model.config))
+
+
+def _in_pieces(model: PreTrainedModel, head: Any) -> bool:
+    """Whether FSDP2 or ZeRO-3 takes the head's weight apart again after the forward."""
+    return hasattr(head.weight, "ds_id") or any(isinstance(part, FSDPModule) for part in (head, *model.modules()))
 
 
 @contextmanager
