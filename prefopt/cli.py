@@ -106,7 +106,9 @@ def _add_cache(cache: argparse.ArgumentParser) -> None:
     gc.add_argument("--dry_run", action="store_true", help="say what would go, and delete nothing")
     gc.set_defaults(run=_cache_gc)
     for action in (ls, verify, gc):
-        action.add_argument("--store", metavar="DIR", help="the store's folder (default: that of the user's cache)")
+        action.add_argument(
+            "--store", metavar="DIR", help="the store's folder (default: $PREFOPT_STORE, else in the user's cache)"
+        )
 
 
 def _train(options: argparse.Namespace, overrides: list[str]) -> None:
@@ -180,6 +182,8 @@ def _cache_ls(options: argparse.Namespace, rest: list[str]) -> None:
     print(f"{store.folder}: {len(entries):,} entries, {size(store.bytes())}")
     if entries:
         print("\n".join(table(entries)))
+    if leftovers := store.leftovers():
+        print(f"{len(leftovers):,} damaged or unfinished files were set aside; prefopt cache gc deletes them")
 
 
 def _cache_verify(options: argparse.Namespace, rest: list[str]) -> int:

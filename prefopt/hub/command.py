@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,8 @@ from prefopt.errors import UserError
 from prefopt.hub.files import RECIPE_FILE, Content, folder_files, left_behind, refuse_secrets, remarks, size
 from prefopt.hub.pushes import note, read_record, told
 from prefopt.hub.sending import Destination, send, why
+
+_LISTED = 12  # names in one line
 
 
 def push_folder(
@@ -68,6 +70,11 @@ def _listing(folder: Path, files: Mapping[str, Content], destination: Destinatio
     return [
         f"To {where}: {len(files)} files, {total:,} bytes",
         *(f"{size(content):>15,}  {name}" for name, content in sorted(files.items())),
-        *([f"Stays here: {', '.join(staying)}"] if staying else []),
+        *([f"Stays here: {_some(staying)}"] if staying else []),
         *(f"Note: {remark}" for remark in remarks(files)),
     ]
+
+
+def _some(names: Sequence[str]) -> str:
+    rest = len(names) - _LISTED
+    return ", ".join(names[:_LISTED]) + (f" and {rest} more" if rest > 0 else "")

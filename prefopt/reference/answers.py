@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -51,12 +51,21 @@ def with_scores(
     return replace(data, rows=rows, reference=key)
 
 
-def batches_of(answers: Mapping[bytes, Answer], rows: int) -> list[list[bytes]]:
-    """Ids in batches of at most `rows` of the longest answer, or more shorter ones of as many tokens together.
+def batches_of(answers: Mapping[bytes, Answer], rows: int, missing: Collection[bytes]) -> list[list[bytes]]:
+    """The `missing` ids among `answers` in batches of `rows` of the longest answer, or more shorter ones.
 
-    Longest first: memory runs out in the first batch or never.
+    Batches are made of all `answers`, and those that lack nothing fall out. So a run that was killed between two
+    batches goes on with the batches it would have had, and rounding gives the same bits. What is missing here and
+    there is put together. Longest first: memory runs out in the first batch or never.
     """
-    order = sorted(answers, key=lambda id: (-answers[id].tokens, id))
+    batches = _batches(answers, answers, rows)
+    whole = [batch for batch in batches if all(id in missing for id in batch)]
+    rest = set(missing).difference(*whole)
+    return sorted([*whole, *_batches(rest, answers, rows)], key=lambda batch: -answers[batch[0]].tokens)
+
+
+def _batches(ids: Iterable[bytes], answers: Mapping[bytes, Answer], rows: int) -> list[list[bytes]]:
+    order = sorted(ids, key=lambda id: (-answers[id].tokens, id))
     batches: list[list[bytes]] = []
     budget = rows * answers[order[0]].tokens if order else 0
     for id in order:

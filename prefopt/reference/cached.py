@@ -120,7 +120,7 @@ class CachedReference:
     def _scores(self, policy: nn.Module, answers: Mapping[bytes, Answer]) -> Scores:
         filler = Filler(self.accelerator, self.entry, self._scorer(policy), self.collator, self.batch_size)
         found = filler.read(answers)
-        missing = {id: answer for id, answer in answers.items() if id not in found}
+        missing = answers.keys() - found.keys()
         self.account.answers += len(answers)
         self.account.found += len(found)
         if missing and not self._can_score(policy):
@@ -133,7 +133,7 @@ class CachedReference:
         if not self._attached:
             self._check(policy, filler, found, answers)
         if missing:
-            fresh, computed = filler.fill(missing)
+            fresh, computed = filler.fill(answers, found)
             self.account.scored += computed
             found.update(fresh)
         return found

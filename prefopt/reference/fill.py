@@ -6,7 +6,7 @@ Only the main process touches the store. The others score their share and receiv
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -60,24 +60,24 @@ class Filler:
         """The scores that are in the store already, on every rank."""
         return self._told(lambda entry: entry.read(answers))
 
-    def fill(self, answers: Mapping[bytes, Answer]) -> tuple[Scores, int]:
-        """Scores of all `answers`, which the store lacked a moment ago, and how many of them this run computed."""
+    def fill(self, answers: Mapping[bytes, Answer], found: Scores) -> tuple[Scores, int]:
+        """Scores of the `answers` that were not `found` in the store, and how many of them this run computed."""
         done: Scores = {}
         announced, idle = "", 0
-        while missing := {id: answer for id, answer in answers.items() if id not in done}:
+        while missing := {id: answer for id, answer in answers.items() if id not in found and id not in done}:
             lease, holder = self._lease()
             if not holder or idle > _IDLE:
                 with lease or nullcontext():
                     done.update(self.read(missing))  # the run before may have ended its work between two looks
-                    rest = {id: answer for id, answer in missing.items() if id not in done}
-                    return {**done, **self._compute(rest)}, len(rest)
+                    rest = missing.keys() - done.keys()
+                    return {**done, **self._compute(answers, rest)}, len(rest)
             if holder != announced:
                 say(f"reference: {holder} is scoring for this store; waiting for what it finds")
                 announced = holder
             time.sleep(POLL)
-            found = self.read(missing)
-            idle = 0 if found else idle + 1
-            done.update(found)
+            others = self.read(missing)
+            idle = 0 if others else idle + 1
+            done.update(others)
         return done, 0
 
     def _lease(self) -> tuple[Lease | None, str]:
@@ -88,9 +88,9 @@ class Filler:
             holder = self.entry.holder() or "another run"
         return lease, broadcast_object_list([holder])[0]
 
-    def _compute(self, missing: Mapping[bytes, Answer]) -> Scores:
+    def _compute(self, answers: Mapping[bytes, Answer], missing: Collection[bytes]) -> Scores:
         """Score answers on all ranks, and write them as they come: a run that is killed goes on where it was."""
-        batches = batches_of(missing, self.rows)
+        batches = batches_of(answers, self.rows, missing)
         world, rank = self.accelerator.num_processes, self.accelerator.process_index
         done: Scores = {}
         fresh: Scores = {}
@@ -100,8 +100,8 @@ class Filler:
             for first in range(0, len(batches), world):
                 # Each rank takes part in each round, with nothing if need be: a sharded model waits for all.
                 mine = batches[first + rank] if first + rank < len(batches) else []
-                for part in gather_object([self._tried(mine, missing)]):
-                    _refuse(part, missing)
+                for part in gather_object([self._tried(mine, answers)]):
+                    _refuse(part, answers)
                     fresh.update(part)
                     bar.update(len(part))
                 if bar.disable and time.monotonic() - said > SAY:
