@@ -50,6 +50,8 @@ AT_THE_REFERENCE = {
     "dpop": math.log(2),
     "odpo": math.log(2),  # scores one apart: the logarithm of the gap is 0
     "fdpo": math.log(2),
+    "tdpo1": math.log(2),
+    "tdpo2": math.log(2),
     "kto": 0.5,  # half a weight
 }
 # A knob that is read only beside another.
@@ -223,7 +225,8 @@ def test_tokens_written_twice_count_twice_in_sums_and_once_in_means(loss, times)
     def micro(share: float, copies: int) -> Micro:
         def answer(given):
             return type(given)([v * share for v in given.policy for _ in range(copies)],
-                               [v * share for v in given.reference for _ in range(copies)])  # fmt: skip
+                               [v * share for v in given.reference for _ in range(copies)],
+                               kl=[v * share for v in given.kl for _ in range(copies)])  # fmt: skip
 
         written = [type(row)(answer(row.chosen), answer(row.rejected)) for row in rows]
         made = as_micro(written, ())

@@ -23,11 +23,15 @@ Numbers = Sequence[Number] | Tensor
 
 @dataclass(frozen=True)
 class Answer:
-    """Log-probabilities of the scored tokens of one answer; `weight` scales a token in every sum and in the length."""
+    """Log-probabilities of the scored tokens of one answer; `weight` scales a token in every sum and in the length.
+
+    `kl` is KL(reference || policy) of the whole next-token distributions at each of them, 0 where it is not given.
+    """
 
     policy: Numbers
     reference: Numbers
     weight: Numbers | None = None
+    kl: Numbers | None = None
 
     @property
     def lp(self) -> Number:
@@ -36,6 +40,10 @@ class Answer:
     @property
     def lr(self) -> Number:
         return self._sum(self.reference)
+
+    @property
+    def seqkl(self) -> Number:
+        return self.lp * 0 if self.kl is None else self._sum(self.kl)
 
     @property
     def n(self) -> Number:
@@ -184,6 +192,17 @@ def slope(ratio: Number, divergence: str, alpha: float) -> Number:
     return forms[divergence]()
 
 
+def tdpo1(pair: Pair, beta: float = 0.1) -> Number:
+    """arXiv 2404.11999, eq. 15: sums over tokens first, one logistic function for a pair."""
+    return L(beta * (pair.h - (pair.rejected.seqkl - pair.chosen.seqkl)))
+
+
+def tdpo2(pair: Pair, beta: float = 0.1, alpha: float = 0.5) -> Number:
+    """arXiv 2404.11999, eq. 17: the chosen answer's divergence keeps its value and loses its gradient."""
+    kept = pair.chosen.seqkl.detach() if isinstance(pair.chosen.seqkl, Tensor) else pair.chosen.seqkl
+    return L(beta * (pair.h - alpha * (pair.rejected.seqkl - kept)))
+
+
 # ---- single answers -------------------------------------------------------------------------------------------------
 
 
@@ -228,6 +247,8 @@ PAIR_LOSSES: dict[str, Callable[..., Number]] = {
     "simpo": simpo,
     "odpo": odpo,
     "fdpo": fdpo,
+    "tdpo1": tdpo1,
+    "tdpo2": tdpo2,
 }
 
 
@@ -250,6 +271,8 @@ def reward(name: str, answer: Answer, beta: float | None = None, **knobs: Any) -
         return answer.lp
     if name == "simpo":
         return beta * answer.lp / answer.n
+    if name in ("tdpo1", "tdpo2"):  # without alpha, as its authors log it
+        return beta * (answer.ratio + answer.seqkl)
     if name == "fdpo":
         unlike, alpha = knobs.get("divergence", "js"), knobs.get("alpha", 0.5)
         return beta * (slope(answer.ratio, unlike, alpha) - slope(answer.ratio * 0, unlike, alpha))

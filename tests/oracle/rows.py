@@ -25,7 +25,8 @@ def random_answer(rng: random.Random, tokens: int, *, weighted: bool = False) ->
     """Log-probabilities between -6 and 0 under the reference, and others not far from them under the policy."""
     reference = uniform(rng, tokens, -6.0, -1e-3)
     policy = [min(-1e-6, value + rng.gauss(0.0, 0.7)) for value in reference]
-    return Answer(policy, reference, uniform(rng, tokens, 0.1, 2.0) if weighted else None)
+    kl = [(ours - theirs) ** 2 / 2 for ours, theirs in zip(policy, reference, strict=True)]
+    return Answer(policy, reference, uniform(rng, tokens, 0.1, 2.0) if weighted else None, kl)
 
 
 def random_rows(count: int, seed: int, *, longest: int = 12, weighted: bool = False) -> Rows:
@@ -93,6 +94,7 @@ def as_micro(rows: Rows, columns: Sequence[str], dtype: torch.dtype = torch.floa
         sequence,
         flat([answer.policy for answer in answers]).requires_grad_(),
         flat([answer.reference for answer in answers]),
+        forward_kl=flat([answer.kl or [0.0] * len(answer.policy) for answer in answers]),
         token_weight=flat(weights) if weights else None,
     )
     sides = Sides(True, len(answers), sum(lengths), len(rows), sum(lengths[: len(rows)]))
@@ -107,7 +109,8 @@ def as_tensors(rows: Rows, columns: Sequence[str]) -> tuple[list[Pair], list[Ten
 
     def answer(given: Answer, side: str, index: int) -> Answer:
         leaf = leaves[side, index] = torch.tensor(given.policy, dtype=torch.float64, requires_grad=True)
-        return Answer(leaf, torch.tensor(given.reference, dtype=torch.float64), given.weight)
+        kl = None if given.kl is None else torch.tensor(given.kl, dtype=torch.float64)
+        return Answer(leaf, torch.tensor(given.reference, dtype=torch.float64), given.weight, kl)
 
     pairs = [
         Pair(answer(row.chosen, "chosen", i), answer(row.rejected, "rejected", i), only(row.columns, columns))

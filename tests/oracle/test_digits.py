@@ -38,7 +38,7 @@ def exact(case: Case, rows: Rows) -> list[Any]:
         return [mpmath.mpf(value) for value in values]
 
     def answer(given: Answer) -> Answer:
-        return Answer(numbers(given.policy), numbers(given.reference))
+        return Answer(numbers(given.policy), numbers(given.reference), kl=given.kl and numbers(given.kl))
 
     pairs = [
         Pair(
@@ -62,11 +62,11 @@ def exact_knobs(case: Case) -> dict[str, Any]:
 def points() -> Rows:
     """Twenty-five pairs, every combination of five ways in which policy and reference may stand to each other."""
     answers = [
-        Answer([-0.25, -1.5], [-0.25, -1.5]),
-        Answer([-0.125, -3.5, -0.75], [-0.5, -2.25, -2.0]),
-        Answer([-9.0], [-2.5]),
-        Answer([-30.0, -45.5, -12.25, -0.0625], [-6.0, -3.5, -1.25, -0.5]),
-        Answer([-0.001, -0.002], [-11.0, -21.0]),
+        Answer([-0.25, -1.5], [-0.25, -1.5], kl=[0.0, 0.0]),
+        Answer([-0.125, -3.5, -0.75], [-0.5, -2.25, -2.0], kl=[0.25, 1.5, 0.125]),
+        Answer([-9.0], [-2.5], kl=[3.0]),
+        Answer([-30.0, -45.5, -12.25, -0.0625], [-6.0, -3.5, -1.25, -0.5], kl=[20.0, 18.25, 6.5, 0.75]),
+        Answer([-0.001, -0.002], [-11.0, -21.0], kl=[9.0, 12.5]),
     ]
     scores = [(2.0, 0.5), (3.25, 3.0), (1.5, 1.5), (7.0, 1.0), (0.75, 0.25)]
     rows = []

@@ -24,6 +24,8 @@ from tests.oracle.trainers import ONE_STEP, assert_equal, loss_and_gradients, no
 
 OF_PAIRS = [case for case in CASES if case.name != "kto"]
 FIRST = list({case.name: case for case in reversed(OF_PAIRS)}.values())
+# Where a gradient is stopped on purpose, the loss does not change as its gradient says.
+STOPPED = {"tdpo2"}
 
 
 @pytest.fixture(scope="module")
@@ -57,11 +59,12 @@ def with_columns(rows: list[dict[str, Any]], case: Case) -> list[dict[str, Any]]
     return [only(row, ("prompt", "chosen", "rejected", *case.columns)) for row in rows]
 
 
-def logps(model, row: Mapping[str, Any], side: str) -> Tensor:
-    """Log-probabilities of an answer's scored tokens `[m]`, from the model's own logits of the one sequence."""
+def distributions(model, row: Mapping[str, Any], side: str) -> tuple[Tensor, Tensor]:
+    """Log-probabilities of all entries at an answer's scored tokens `[m, V]`, from the model's own logits of the one
+    sequence, and the tokens `[m]`."""
     ids = torch.tensor([[*row["prompt_ids"], *row[f"{side}_ids"]]])
-    every = model(input_ids=ids).logits[0].log_softmax(-1)[:-1].gather(1, ids[0, 1:, None])[:, 0]
-    return every[len(row["prompt_ids"]) - 1 :][torch.tensor(row[f"{side}_scored"], dtype=torch.bool)]
+    start, scored = len(row["prompt_ids"]), torch.tensor(row[f"{side}_scored"], dtype=torch.bool)
+    return model(input_ids=ids).logits[0].log_softmax(-1)[start - 1 : -1][scored], ids[0, start:][scored]
 
 
 class Formula:
@@ -72,9 +75,11 @@ class Formula:
         self.model, self.reference = float64_model(1, tokenizer), float64_model(2, tokenizer)
 
     def answer(self, row: Mapping[str, Any], side: str) -> Answer:
+        log_p, ids = distributions(self.model, row, side)
         with torch.no_grad():
-            reference = logps(self.reference, row, side)
-        return Answer(logps(self.model, row, side), reference)
+            log_q, _ = distributions(self.reference, row, side)
+        policy, reference = (each.gather(1, ids[:, None])[:, 0] for each in (log_p, log_q))
+        return Answer(policy, reference, kl=(log_q.exp() * (log_q - log_p)).sum(1))
 
     def values(self) -> list[Tensor]:
         rows = self.token_rows
@@ -121,7 +126,7 @@ def _last_off(scored: Any) -> Any:
     return np.append(np.asarray(scored)[:-1], False)
 
 
-@pytest.mark.parametrize("case", FIRST, ids=lambda case: case.label)
+@pytest.mark.parametrize("case", [case for case in FIRST if case.name not in STOPPED], ids=lambda case: case.label)
 def test_a_step_in_a_direction_changes_the_loss_by_its_slope(case: Case, text, rows, tmp_path):
     """Against central differences, so that scores made outside the differentiated function would show."""
     trainer = make_trainer(case, text[0], with_columns(rows, case), tmp_path)
