@@ -112,6 +112,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
 ACTIVATION_CHECKPOINTING = True
 
 REFERENCE_SOURCES = ("auto", "cached", "live", "none")
+REFERENCE_FORMS = ("auto", "hidden", "expected")
 
 FIXED: dict[str, tuple[object, str]] = {
     "average_tokens_across_devices": (True, "every step is divided by the counts of all ranks. Remove this line"),
@@ -177,7 +178,7 @@ def _weights(value: Any) -> str | None:
 
 
 def _reference(value: Any) -> str | None:
-    known = ("source", "model", "revision", "store", "max_gb", "batch_size")
+    known = ("source", "form", "model", "revision", "store", "max_gb", "batch_size")
     if not isinstance(value, Mapping):
         return f"must be a block with {', '.join(known)}, not {value!r}."
     for key in value:
@@ -186,6 +187,8 @@ def _reference(value: Any) -> str | None:
     source = value.get("source", "auto")
     if source not in REFERENCE_SOURCES:
         return f"source `{source}` is not one of {', '.join(REFERENCE_SOURCES)}."
+    if (form := value.get("form", "auto")) not in REFERENCE_FORMS:
+        return f"form `{form}` is not one of {', '.join(REFERENCE_FORMS)}."
     if source == "none" and value.get("model"):
         return "source none and a model contradict each other. Remove one of them."
     for key, range in (("max_gb", POSITIVE), ("batch_size", COUNT)):
@@ -297,7 +300,8 @@ class PreferenceConfig(TrainingArguments):
         default=None,
         metadata={
             "help": "The reference model: source (auto; cached: scored once, before training; live: beside the "
-            "policy; none), model (the starting model when not set), revision, store, max_gb, batch_size."
+            "policy; none), form (what is kept of whole distributions: auto, hidden, expected), model (the starting "
+            "model when not set), revision, store, max_gb, batch_size."
         },
     )
     resume: str = field(

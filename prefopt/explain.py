@@ -109,24 +109,24 @@ def _reference_model(recipe: Recipe) -> str:
 
 
 def _reference_source(recipe: Recipe) -> str:
-    if _is_live(recipe):
+    if recipe.reference.source == "live":
         held = "A second model is held for it." if _holds_second_model(recipe) else "No second model is held."
         return f"It is scored beside the policy at every step. {held}"
     store = recipe.reference.store or default_folder()
+    if recipe.objective().reference == "distribution" and recipe.reference.source == "auto":
+        return (
+            "This loss compares whole next-token distributions. What they are made of is kept for each answer in "
+            f"{store} where that is at most 2 GB; beyond that the reference is scored beside the policy at every step."
+        )
     return (
         f"Each answer is scored once, before training, and kept in {store}, where later runs find it. No second model "
         "is held while the policy trains."
     )
 
 
-def _is_live(recipe: Recipe) -> bool:
-    """Whether the reference is scored in training; whole distributions are not stored."""
-    return recipe.reference.source == "live" or recipe.objective().reference == "distribution"
-
-
 def _holds_second_model(recipe: Recipe) -> bool:
     """Whether another model lies beside the policy in training."""
-    if recipe.objective().reference == "none" or not _is_live(recipe):
+    if recipe.objective().reference == "none" or recipe.reference.source != "live":
         return False
     return recipe.reference.model is not None or not recipe.model.use_peft
 

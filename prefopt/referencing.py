@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor, nn
 
 from prefopt.console import say
@@ -17,6 +17,8 @@ from prefopt.data.dataset import TokenDataset
 from prefopt.errors import UserError
 from prefopt.reference.answers import Answer, answers_of
 from prefopt.reference.cached import CachedReference
+from prefopt.reference.choosing import choose_form
+from prefopt.reference.forms import LogProbs, WholeForm
 from prefopt.reference.identity import ADAPTER_OFF, Identity, identify
 from prefopt.reference.live import (
     AdapterOff,
@@ -38,6 +40,7 @@ if TYPE_CHECKING:
 _TOGETHER = 8
 _ROW_OVERHEAD = 200  # bytes of a row's id and checksum, and of their places in the file
 _GB = 10**9
+_SMALL = 2 * _GB  # of whole distributions; beyond that, making them again is often cheaper than reading them
 
 
 def open_reference_scores(
@@ -51,26 +54,24 @@ def open_reference_scores(
     """
     need, source = trainer.objective.reference, (trainer.args.reference or {}).get("source", "auto")
     options: dict[str, Any] = {"fresh_adapter": fresh_adapter, "explicit": explicit}
-    if need == "distribution" and source == "cached":
-        raise UserError(
-            "reference: this loss compares whole distributions, which cannot be cached yet. Write "
-            "reference: {source: live}"
-        )
-    cached = need == "logp" and source != "live" and not _is_sharded(trainer, must=source == "cached")
+    cached = need != "none" and source != "live" and not _is_sharded(trainer, must=source == "cached")
     reference = plan_reference(need, trainer.model, before_training=cached, **options)
-    if need == "none":
+    if not isinstance(reference, LiveReference):
         return reference, None
     identity = identify_reference(trainer, reference)
     if cached:
+        _place(trainer)
+    reference.prepare(trainer.accelerator)
+    if cached:
         stored = _cached(trainer, reference, identity, must=source == "cached")
         if stored is not None:
-            _place(trainer)
             stored.prepare(trainer.accelerator)
             attach_all(trainer, stored)
             return stored, identity
         if isinstance(reference, StartingPolicy):
-            reference = plan_reference(need, trainer.model, **options)
-    reference.prepare(trainer.accelerator)
+            live = plan_reference(need, trainer.model, **options)
+            live.prepare(trainer.accelerator)
+            return live, identity
     return reference, identity
 
 
@@ -82,7 +83,7 @@ def score_both(
     The reference goes first: its activations are gone when the policy's, kept for the backward pass, are made.
     """
     if need == "distribution":
-        assert isinstance(reference, LiveReference)  # no other source is let in for this need
+        assert isinstance(reference, (LiveReference, CachedReference))  # no other source is let in for this need
         whole = reference.distribution(policy, batch)
         scores: dict[str, Tensor] = policy(**plan_of(batch), statistics=(*statistics, "ref_logp"), reference=whole)
         return scores
@@ -155,45 +156,83 @@ def identify_reference(trainer: PreferenceTrainer, reference: Reference) -> Iden
     return identify(model, adapter=adapter, compute_dtype=precision)
 
 
-def _cached(trainer: PreferenceTrainer, source: Reference, identity: Identity, *, must: bool) -> CachedReference | None:
+def _cached(
+    trainer: PreferenceTrainer, source: LiveReference, identity: Identity, *, must: bool
+) -> CachedReference | None:
     """The reference by way of the store; None, and a line that says why, where the scores are better made live."""
+    settings, args = trainer.args.reference or {}, trainer.args
+    collator = Collator(
+        trainer.preparation.tokenizer.pad_token_id or 0, False, pad_to_multiple_of=args.pad_to_multiple_of or 1
+    )
+    form: LogProbs | WholeForm = LogProbs()
+    if trainer.objective.reference == "distribution":
+        wanted = settings.get("form", "auto")
+        form = choose_form(wanted, source, trainer.model, collator, trainer.objective.statistics)
     answers = answers_of(_datasets(trainer), all_completions=trainer.objective.all_completions)
+    folder = Store(settings.get("store")).folder
     entry, reason = None, ""
     if trainer.accelerator.is_main_process:
         try:
-            entry, reason = _open_entry(trainer, identity, answers, must=must)
+            entry, reason = _open_entry(trainer, identity, form, answers, must=must)
         except (UserError, OSError) as error:
             reason = str(error)
     reason = broadcast_object_list([reason])[0]
+    if not reason and isinstance(form, WholeForm):
+        reason = _out_of_sight(folder)
     if reason and must:
         raise UserError(reason)
     if reason:
         say(f"reference: {reason.rstrip('.')}. The reference is scored beside the policy")
         return None
-    settings, args = trainer.args.reference or {}, trainer.args
     return CachedReference(
         source,
         identity,
         entry,
-        collator=Collator(
-            trainer.preparation.tokenizer.pad_token_id or 0, False, pad_to_multiple_of=args.pad_to_multiple_of or 1
-        ),
+        form,
+        folder,
+        collator=collator,
         batch_size=settings.get("batch_size") or _TOGETHER * args.per_device_train_batch_size,
         all_completions=trainer.objective.all_completions,
     )
 
 
 def _open_entry(
-    trainer: PreferenceTrainer, identity: Identity, answers: Mapping[bytes, Answer], *, must: bool
+    trainer: PreferenceTrainer,
+    identity: Identity,
+    form: LogProbs | WholeForm,
+    answers: Mapping[bytes, Answer],
+    *,
+    must: bool,
 ) -> tuple[Entry | None, str]:
     """The store's file for a function, or why it is not used; only the main process asks."""
     settings = trainer.args.reference or {}
     store = Store(settings.get("store"))
-    entry = store.entry(identity.key, identity.about)
+    entry = store.entry(identity.key, identity.about, form.kind)
     missing = entry.missing(answers)
-    reason = "" if must else _more_work(trainer, answers, len(missing))
-    reason = reason or _no_room(store, missing, answers, settings.get("max_gb"))
+    needed = sum(form.token_bytes * answers[id].length + _ROW_OVERHEAD for id in missing)
+    reason = "" if must else _more_work(trainer, answers, len(missing)) or _too_much(form, needed)
+    reason = reason or _no_room(store, needed, settings.get("max_gb"))
+    if missing and not reason:
+        say(
+            f"reference: {len(missing):,} of {len(answers):,} answers are to be scored; {size(needed)} of {form.words} "
+            f"will be written to {store.folder}"
+        )
     return (None if reason else entry), reason
+
+
+def _too_much(form: LogProbs | WholeForm, needed: int) -> str:
+    """Why whole distributions are better made than kept, or nothing."""
+    if isinstance(form, LogProbs) or needed <= _SMALL:
+        return ""
+    return f"{size(needed)} of {form.words} would have to be kept, and `auto` keeps {size(_SMALL)} at most"
+
+
+def _out_of_sight(folder: Path) -> str:
+    """Why a process could not read what the main one writes, or nothing; every rank asks."""
+    blind = [rank for rank, sees in enumerate(gather_object([folder.is_dir()])) if not sees]
+    if not blind:
+        return ""
+    return f"process {blind[0]} does not see the folder of the store, {folder}: it must be one that all share"
 
 
 def _more_work(trainer: PreferenceTrainer, answers: Mapping[bytes, Answer], missing: int) -> str:
@@ -212,23 +251,16 @@ def _more_work(trainer: PreferenceTrainer, answers: Mapping[bytes, Answer], miss
     return f"{missing:,} answers would be scored for a run that reads {read:,}"
 
 
-def _no_room(store: Store, missing: set[bytes], answers: Mapping[bytes, Answer], max_gb: float | None) -> str:
-    """Announce what is going to be written; why there is no room for it, or nothing."""
-    if not missing:
-        return ""
-    needed = sum(4 * answers[id].length + _ROW_OVERHEAD for id in missing)
+def _no_room(store: Store, needed: int, max_gb: float | None) -> str:
+    """Why there is no room for what is going to be written, or nothing."""
     free = shutil.disk_usage(store.folder).free
     if needed > free:
         return f"{store.folder} has {size(free)} free, and the scores need {size(needed)}"
-    if max_gb is not None and store.bytes() + needed > max_gb * _GB:
+    if needed and max_gb is not None and store.bytes() + needed > max_gb * _GB:
         return (
             f"{store.folder} holds {size(store.bytes())}, and {size(needed)} more would pass its limit, "
             f"reference.max_gb: {max_gb:g}. Raise it, or make room: prefopt cache gc --store {store.folder} --max_gb N"
         )
-    say(
-        f"reference: {len(missing):,} of {len(answers):,} answers are to be scored; {size(needed)} will be written to "
-        f"{store.folder}"
-    )
     return ""
 
 

@@ -27,6 +27,7 @@ class _Completion:
     ids: np.ndarray
     scored: np.ndarray
     ref_logp: np.ndarray | None
+    reference: Any
 
 
 @dataclass(frozen=True)
@@ -37,9 +38,10 @@ class Collator:
     flattened `R*T` hidden states that predicts the token), `target` `[M]`, `sequence` `[M]` (completion), `columns`
     (`{name: [B]}`), `row` `[B]` (position in the source), and the numbers `paired`, `size`, `desirable_size`,
     `desirable_tokens` and `tokens` (all that is read, padding left out). Rows that carry their reference scores add
-    `ref_logp` `[M]`; with `mismatched` a batch of the same rows, each prompt before the answer it was matched with,
-    lies beside under that name. Unpaired rows are put in the order of their completions. With `all_completions=False`
-    only chosen (desirable) ones are laid out.
+    `ref_logp` `[M]`, and those that know where more of it is stored `reference` `[M, D]`; with `mismatched` a batch
+    of the same rows, each prompt before the answer it was matched with, lies beside under that name. Unpaired rows
+    are put in the order of their completions. With `all_completions=False` only chosen (desirable) ones are laid
+    out.
     """
 
     pad_token_id: int = 0
@@ -60,6 +62,8 @@ class Collator:
         known = [completion.ref_logp for completion in completions if completion.ref_logp is not None]
         if known and len(known) == len(completions):
             batch["ref_logp"] = torch.from_numpy(np.concatenate(known))
+        if stored := [completion.reference.read() for completion in completions if completion.reference is not None]:
+            batch["reference"] = torch.cat(stored)
         batch["row"] = torch.tensor([row["row"] for row in rows], dtype=torch.int64)
         batch["paired"] = self.paired
         batch["size"] = len(completions)
@@ -112,10 +116,10 @@ def row_length(row: Row, rejected: bool = True) -> int:
 
 
 def _mismatched(row: Row) -> Row:
-    parts = ("ids", "scored", "ref_logp")
+    parts = ("ids", "scored", "ref_logp", "reference")
     return {**row, **{f"completion_{part}": row.get(f"mismatched_{part}") for part in parts}}
 
 
 def _completion(row: Row, side: str) -> _Completion:
     prompt, ids, scored = (np.asarray(row[key]) for key in ("prompt_ids", f"{side}_ids", f"{side}_scored"))
-    return _Completion(prompt, ids, scored, row.get(f"{side}_ref_logp"))
+    return _Completion(prompt, ids, scored, row.get(f"{side}_ref_logp"), row.get(f"{side}_reference"))

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from prefopt.recipe import Recipe
 
 # Where the scores of a reference come from decides nothing but the time they take.
-_FREE_OF_REFERENCE = ("source", "store", "max_gb", "batch_size")
+_FREE_OF_REFERENCE = ("source", "form", "store", "max_gb", "batch_size")
 _MODEL = (
     "*.safetensors", "pytorch_model*.bin", "*.index.json", "config.json", "adapter_config.json", "tokenizer*",
     "chat_template*", "vocab*", "merges.txt",

@@ -7,7 +7,7 @@ from glob import glob
 from pathlib import Path
 from typing import Any
 
-from prefopt.config import COUNT, POSITIVE, REFERENCE_SOURCES, Range
+from prefopt.config import COUNT, POSITIVE, REFERENCE_FORMS, REFERENCE_SOURCES, Range
 from prefopt.data.spec import DataSpec
 
 
@@ -161,6 +161,15 @@ class ReferenceSection:
             "beside the policy, step by step. auto: cached, unless that is more work or there is no room for it. "
             "none: there is none.",
             choices=REFERENCE_SOURCES,
+        ),
+    )
+    form: str = field(
+        default="auto",
+        metadata=about(
+            "What is kept for a loss that compares whole distributions. hidden: final hidden states, with a copy of "
+            "the head. expected: mean rows of the head, exact while the policy's head is frozen, and as cheap as no "
+            "distributions at all. auto: expected where it is exact.",
+            choices=REFERENCE_FORMS,
         ),
     )
     model: str | None = field(default=None, metadata=about("A Hub name or a local folder."))

@@ -41,11 +41,11 @@ def answers_of(datasets: Iterable[TokenDataset], *, all_completions: bool) -> di
 
 
 def with_scores(
-    data: TokenDataset, scores: Mapping[bytes, np.ndarray], key: str, *, all_completions: bool
+    data: TokenDataset, scores: Mapping[bytes, Any], column: str, key: str, *, all_completions: bool
 ) -> TokenDataset:
-    """The data set with the scores of each answer beside its ids; the rows given stay as they are."""
+    """The data set with the scores of each answer as `<side>_<column>`; the rows given stay as they are."""
     rows = [
-        {**row, **{f"{side}_ref_logp": scores[id] for side, id in _read(ids, all_completions)}}
+        {**row, **{f"{side}_{column}": scores[id] for side, id in _read(ids, all_completions)}}
         for row, ids in zip(data.rows, data.answer_ids, strict=True)
     ]
     return replace(data, rows=rows, reference=key)

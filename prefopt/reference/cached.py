@@ -7,9 +7,9 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from hashlib import sha256
+from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
@@ -20,9 +20,12 @@ from prefopt.data.dataset import TokenDataset
 from prefopt.errors import UserError
 from prefopt.reference.answers import Answer, answers_of, with_scores
 from prefopt.reference.fill import Filler, Scores
+from prefopt.reference.forms import LogProbs, WholeForm
 from prefopt.reference.identity import Identity, identify
-from prefopt.reference.live import AdapterOff, FrozenModel, Reference, StartingPolicy
+from prefopt.reference.live import AdapterOff, FrozenModel, LiveReference, StartingPolicy
 from prefopt.reference.store import Entry
+from prefopt.reference.stored import StoredAnswer
+from prefopt.scoring.distribution import Distribution, ExpectedRows
 from prefopt.scoring.rounding import BEYOND, rounding_bound
 
 # So many of the answers that were found are scored once more, to see that the store speaks of this model.
@@ -43,24 +46,28 @@ class Account:
 class CachedReference:
     """Scores that are made before training by `source`, kept in a store, and laid beside the rows.
 
-    `entry` is the store's file for this function, None on all ranks but the main one. `batch_size` is the number of the
-    longest answers that are scored together. After `close` no new answer can be scored; those in the store are still
-    found.
+    `entry` is the store's file for this function, None on all ranks but the main one; `form` is what it holds, and
+    `folder` where it lies. `batch_size` is the number of the longest answers that are scored together. After `close` no
+    new answer can be scored; those in the store are still found.
     """
 
     def __init__(
         self,
-        source: Reference,
+        source: LiveReference,
         identity: Identity,
         entry: Entry | None,
+        form: LogProbs | WholeForm,
+        folder: Path,
         *,
         collator: Collator,
         batch_size: int,
         all_completions: bool,
     ) -> None:
-        self.source: Reference | None = source
+        self.source: LiveReference | None = source
         self.identity = identity
         self.entry = entry
+        self.form = form
+        self.folder = folder
         self.collator = collator
         self.batch_size = batch_size
         self.all_completions = all_completions
@@ -79,10 +86,8 @@ class CachedReference:
         )
 
     def prepare(self, accelerator: Accelerator) -> None:
-        """Place the model that scores."""
+        """Take note of the ranks; the model that scores is in its place already."""
         self.accelerator = accelerator
-        if self.source is not None:
-            self.source.prepare(accelerator)
 
     def attach(self, policy: nn.Module, *datasets: TokenDataset) -> list[TokenDataset]:
         """The data sets with their reference scores, found or computed. Every rank calls this with the same rows.
@@ -104,13 +109,15 @@ class CachedReference:
 
     def scores(self, policy: nn.Module, batch: dict[str, Any]) -> dict[str, Tensor]:
         """The column of the batch; nothing is computed."""
-        if batch["size"] and "ref_logp" not in batch:
-            raise UserError(
-                "a batch has no reference scores: a data collator of your own has to pass `ref_logp` on, as "
-                "prefopt.data.collation.Collator does, or write reference: {source: live}"
-            )
+        _refuse_missing(batch, self.form.column)
         empty = torch.zeros(0, device=batch["source"].device)
         return {"ref_logp": batch.get("ref_logp", empty)}
+
+    def distribution(self, policy: nn.Module, batch: dict[str, Any]) -> Distribution | ExpectedRows:
+        """The reference's distributions at the tokens of the batch, which brings them along."""
+        assert not isinstance(self.form, LogProbs)
+        _refuse_missing(batch, self.form.column)
+        return self.form.given(batch.get(self.form.column), like=batch["source"])
 
     def close(self) -> None:
         """Let go of the model that scored: training moves it. An adapter can be switched off at any time."""
@@ -118,7 +125,8 @@ class CachedReference:
             self.source = None
 
     def _scores(self, policy: nn.Module, answers: Mapping[bytes, Answer]) -> Scores:
-        filler = Filler(self.accelerator, self.entry, self._scorer(policy), self.collator, self.batch_size)
+        place = None if isinstance(self.form, LogProbs) else self._place
+        filler = Filler(self.accelerator, self.entry, self._scorer(policy), self.collator, self.batch_size, place)
         found = filler.read(answers)
         missing = answers.keys() - found.keys()
         self.account.answers += len(answers)
@@ -149,7 +157,7 @@ class CachedReference:
         def score(batch: dict[str, Any]) -> Tensor:
             assert self.source is not None
             with self.accelerator.autocast():
-                return self.source.scores(policy, batch)["ref_logp"]
+                return self.form.numbers(self.source, policy, batch)
 
         return score
 
@@ -162,28 +170,42 @@ class CachedReference:
         self.account.checked += len(chosen)
         model = self.source.model if isinstance(self.source, FrozenModel) else policy
         precision = self.accelerator.mixed_precision
-        # The root of the sum of squares, so that differences of two tokens cannot cancel.
-        differences = {id: float(np.linalg.norm(scores - found[id])) for id, scores in again.items()}
-        bounds = {id: rounding_bound(model, precision, len(scores)) for id, scores in again.items()}
-        beyond = [(differences[id], bounds[id]) for id in again if not differences[id] <= BEYOND * bounds[id]]
+        gaps = {id: self.form.gap(numbers, found[id]) for id, numbers in again.items()}
+        bounds = {id: rounding_bound(model, precision, len(numbers)) for id, numbers in again.items()}
+        beyond = [(gaps[id], bounds[id]) for id in again if not gaps[id] <= BEYOND * bounds[id]]
         # Kernels differ between devices, and one rank must not stop alone.
         for difference, bound in gather_object(beyond)[:1]:
             place = broadcast_object_list([str(self.entry.path) if self.entry is not None else ""])[0]
             raise UserError(
-                f"{place}: an answer's score differs from the reference model's by {difference:.3g} nats, and rounding "
-                f"explains {bound:.1e}. Something outside its weights and configuration changes this model (hooks, a "
-                "patched forward), or the file was written by such a model. Delete the file, or write "
-                "reference: {source: live}."
+                f"{place}: what is stored of an answer differs from the reference model's by {difference:.3g}"
+                f"{self.form.unit}, and rounding explains {bound:.1e}. Something outside its weights and configuration "
+                "changes this model (hooks, a patched forward), or the file was written by such a model. Delete the "
+                "file, or write reference: {source: live}."
             )
 
     def _has_scores(self, data: TokenDataset) -> bool:
         """Whether the rows carry the scores of this function, and of each answer that is read."""
-        ids = data.answer_ids[0] if data.reference == self.identity.key else {"": b""}
+        ids = data.answer_ids[0] if data.reference == self._name else {"": b""}
         wanted = [side for side in ids if self.all_completions or side != "rejected"]
-        return all(f"{side}_ref_logp" in data.rows[0] for side in wanted)
+        return all(f"{side}_{self.form.column}" in data.rows[0] for side in wanted)
 
     def _with(self, data: TokenDataset, scores: Scores) -> TokenDataset:
-        return with_scores(data, scores, self.identity.key, all_completions=self.all_completions)
+        return with_scores(data, scores, self.form.column, self._name, all_completions=self.all_completions)
+
+    @property
+    def _name(self) -> str:
+        return f"{self.form.kind}-{self.identity.key}"
+
+    def _place(self, id: bytes) -> StoredAnswer:
+        return StoredAnswer(self.folder, self.form.kind, self.identity.key, id)
+
+
+def _refuse_missing(batch: dict[str, Any], column: str) -> None:
+    if batch["size"] and column not in batch:
+        raise UserError(
+            f"a batch has no reference scores: a data collator of your own has to pass `{column}` on, as "
+            "prefopt.data.collation.Collator does, or write reference: {source: live}"
+        )
 
 
 def _refuse_other_rows(answers: Mapping[bytes, Answer]) -> None:

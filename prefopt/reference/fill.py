@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import nullcontext
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -21,9 +22,11 @@ from prefopt.console import say
 from prefopt.data.collation import Batch, Collator
 from prefopt.errors import UserError
 from prefopt.reference.answers import Answer, batches_of, plan_of_answers
+from prefopt.reference.rows import is_finite
 from prefopt.reference.store import Entry, Lease
+from prefopt.reference.stored import as_array
 
-Scores = dict[bytes, np.ndarray]
+Scores = dict[bytes, Any]  # arrays or, where those stay in the store, their places
 
 # Seconds between two looks at what another run has written, two commits of one's own, and two lines where there is no
 # terminal for a bar.
@@ -32,13 +35,15 @@ COMMIT = 5.0
 SAY = 60.0
 # Looks that bring nothing of what is wanted, after which the other run is taken to score other answers.
 _IDLE = 30
+_AT_ONCE = 64
 
 
 class Filler:
     """Brings the scores of answers from an entry of the store, and computes those it lacks.
 
-    `score` maps a batch on the device to its scores `[M]`. `rows` is the number of the longest answers in a batch.
-    Every rank calls every method, in the same order.
+    `score` maps a batch on the device to its numbers, `[M]` or `[M, D]`. `rows` is the number of the longest answers in
+    a batch. With `place`, a function of ids, arrays stay in the store, and their places are brought. Every rank calls
+    every method, in the same order.
     """
 
     def __init__(
@@ -48,17 +53,22 @@ class Filler:
         score: Callable[[Batch], Tensor],
         collator: Collator,
         rows: int,
+        place: Callable[[bytes], Any] | None = None,
     ) -> None:
         self.accelerator = accelerator
         self.entry = entry  # None on all ranks but the main one
         self.score = score
         self.collator = collator
         self.rows = rows
+        self.place = place
         self._full = False
 
     def read(self, answers: Mapping[bytes, Answer]) -> Scores:
         """The scores that are in the store already, on every rank."""
-        return self._told(lambda entry: entry.read(answers))
+        if self.place is None:
+            found: Scores = self._told(lambda entry: entry.read(answers))
+            return found
+        return {id: self.place(id) for id in self._told(lambda entry: _whole(entry, answers))}
 
     def fill(self, answers: Mapping[bytes, Answer], found: Scores) -> tuple[Scores, int]:
         """Scores of the `answers` that were not `found` in the store, and how many of them this run computed."""
@@ -123,7 +133,7 @@ class Filler:
     def _scores(self, ids: Sequence[bytes], answers: Mapping[bytes, Answer]) -> Scores:
         chosen = [answers[id] for id in ids]
         batch = plan_of_answers(chosen, self.collator)
-        flat = self.score(send_to_device(batch, self.accelerator.device)).cpu().numpy()
+        flat = as_array(self.score(send_to_device(batch, self.accelerator.device)))
         ends = np.cumsum([answer.length for answer in chosen])
         return dict(zip(ids, np.split(flat, ends[:-1]) if len(ids) else [], strict=True))
 
@@ -132,7 +142,10 @@ class Filler:
         return {id: scores for one in ids for id, scores in self._scores([one], answers).items()}
 
     def _write(self, scores: Scores) -> Scores:
-        """Keep scores in the store; where it takes no more, this run still has them."""
+        """Keep scores in the store; where it takes no more, this run still has those that lie in memory."""
+        if self.place is not None:
+            self._told(lambda entry: entry.write(scores))
+            return {id: self.place(id) for id in scores}
         if self.entry is not None and scores and not self._full:
             try:
                 self.entry.write(scores)
@@ -159,8 +172,16 @@ def _refuse(scores: Scores | str, answers: Mapping[bytes, Answer]) -> None:
     if isinstance(scores, str):
         raise UserError(f"the reference ran out of memory: {scores} Write a lower reference.batch_size")
     for id, values in scores.items():
-        if not np.isfinite(values).all():
+        if not is_finite(values):
             raise UserError(
                 f"the reference model gives an answer of {answers[id].tokens} tokens a score that is not finite: its "
                 "weights are damaged, or its precision is too low. Try dtype: float32, or look at `reference.model`."
             )
+
+
+def _whole(entry: Entry, ids: Collection[bytes]) -> list[bytes]:
+    """Those of the ids whose rows are there and verify, read a few at a time: all together may not fit in memory."""
+    rest, found = iter(sorted(ids)), list[bytes]()
+    while part := list(islice(rest, _AT_ONCE)):
+        found += entry.read(part)
+    return found

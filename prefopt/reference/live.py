@@ -59,6 +59,13 @@ class NoReference:
 class LiveReference(ABC):
     """A reference that is a model at hand, asked for log-probabilities or for its distributions batch by batch."""
 
+    is_start: bool
+    summary: str
+
+    @abstractmethod
+    def prepare(self, accelerator: Accelerator) -> None:
+        """Place what the source holds; called once, after the accelerator exists."""
+
     def scores(self, policy: nn.Module, batch: dict[str, Any]) -> dict[str, Tensor]:
         return {"ref_logp": self._run(policy, batch, ("logp",))["logp"]}
 

@@ -27,7 +27,7 @@ def encode(key: str, id: bytes, values: np.ndarray) -> Row:
     stored = values.dtype.newbyteorder("<")
     if stored.str not in _FORMS:
         raise ValueError(f"row {id.hex()[:12]}: {values.dtype} is not kept; the types are {', '.join(_FORMS)}")
-    if not _is_finite(values):
+    if not is_finite(values):
         raise ValueError(f"row {id.hex()[:12]}: NaN or infinity is never kept")
     form = " ".join([stored.str, *map(str, values.shape)]).encode()
     data = values.astype(stored, copy=False).tobytes()
@@ -43,7 +43,8 @@ def decode(key: str, id: Any, form: Any, data: Any, checksum: Any) -> np.ndarray
     return np.frombuffer(data, dtype).reshape([int(size) for size in shape]).copy()
 
 
-def _is_finite(values: np.ndarray) -> bool:
+def is_finite(values: np.ndarray) -> bool:
+    """Whether no value is NaN or infinite; unsigned integers are taken for the bits of bfloat16."""
     if values.dtype.kind == "u":
         return not np.any(values & _EXPONENT == _EXPONENT)
     return bool(np.isfinite(values).all())

@@ -294,7 +294,7 @@ def test_scores_of_another_model_under_our_key_are_refused(build, tmp_path):
     ids = [id for row in trainer.train_dataset.answer_ids for id in row.values()]
     entry.write({id: scores + 1 for id, scores in entry.read(ids).items()})
     entry.close()
-    with pytest.raises(UserError, match=r"\.sqlite: an answer's score differs"):
+    with pytest.raises(UserError, match=r"\.sqlite: what is stored of an answer differs"):
         build()
 
 
@@ -324,7 +324,7 @@ def test_no_room_in_the_store(build, tmp_path, capsys, block):
 
 def test_bytes_are_announced_before_they_are_written(build, capsys):
     build()
-    assert "18 of 18 answers are to be scored; 0.0 MB will be written to" in capsys.readouterr().out
+    assert "18 of 18 answers are to be scored; 0.0 MB of log-probabilities will be written to" in capsys.readouterr().out
 
 
 def test_a_reference_that_is_not_finite_is_refused(build):

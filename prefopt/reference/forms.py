@@ -1,0 +1,115 @@
+"""What a store keeps of an answer: one number for each token, or what a whole next-token distribution is made of.
+
+| form | for each scored token | whole distributions | exact while |
+| --- | --- | --- | --- |
+| `logp` | log-probability of the token | no | always |
+| `hidden` | final hidden state, in its own precision | with a frozen copy of the head | always |
+| `expected` | mean row of the head, float32 | forward KL alone | the policy has the same, frozen head |
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from prefopt.reference.live import LiveReference
+from prefopt.reference.stored import StoredAnswer, as_tensor
+from prefopt.scoring.distribution import Distribution, ExpectedRows
+from prefopt.scoring.expected import expected_rows
+
+LOGP, HIDDEN, EXPECTED = "logp", "hidden", "expected"
+WHOLE = (HIDDEN, EXPECTED)
+_SCALARS = 3  # mean logit, log-normalizer and log-probability, behind each expected row
+
+
+class LogProbs:
+    """Log-probabilities of the tokens: all that most losses read, and small enough to lie in memory."""
+
+    kind, column, unit, words = LOGP, "ref_logp", " nats", "log-probabilities"
+    token_bytes = 4
+
+    def numbers(self, source: LiveReference, policy: nn.Module, batch: dict[str, Any]) -> Tensor:
+        """The numbers of the tokens of a batch, `[M]`."""
+        return source.scores(policy, batch)["ref_logp"]
+
+    def gap(self, numbers: np.ndarray, found: np.ndarray) -> float:
+        """How far two computations lie apart: the root of the sum of squares, so that two tokens cannot cancel."""
+        return float(np.linalg.norm(numbers - found))
+
+
+class WholeForm(ABC):
+    """A form from which a policy's forward can make whole distributions."""
+
+    kind: str
+    words: str
+    column, unit = "reference", " of its own size"
+
+    @property
+    @abstractmethod
+    def token_bytes(self) -> int:
+        """What a scored token takes in the store."""
+
+    @abstractmethod
+    def numbers(self, source: LiveReference, policy: nn.Module, batch: dict[str, Any]) -> Tensor:
+        """The numbers of the tokens of a batch, `[M, D]`."""
+
+    @abstractmethod
+    def given(self, numbers: Tensor | None, like: Tensor) -> Distribution | ExpectedRows:
+        """What a policy's forward is told; `numbers` is None for no token. `like` says on which device."""
+
+    def gap(self, numbers: np.ndarray, found: StoredAnswer) -> float:
+        """How far two computations lie apart, relative to their size."""
+        here, there = as_tensor(numbers).float(), found.read().float()
+        return float((here - there).norm() / there.norm())
+
+
+class HiddenStates(WholeForm):
+    """Final hidden states. The head that makes distributions of them is copied here, apart from the wrapped model."""
+
+    kind, words = HIDDEN, "hidden states"
+
+    def __init__(self, head: Distribution) -> None:
+        self.head = head
+        self.width = head.head.shape[1]
+
+    @property
+    def token_bytes(self) -> int:
+        return self.width * self.head.hidden.element_size()
+
+    def numbers(self, source: LiveReference, policy: nn.Module, batch: dict[str, Any]) -> Tensor:
+        return source.distribution(policy, batch).hidden
+
+    def given(self, numbers: Tensor | None, like: Tensor) -> Distribution:
+        head = self.head
+        if head.head.device != like.device:
+            head.head, head.bias = head.head.to(like.device), None if head.bias is None else head.bias.to(like.device)
+        hidden = head.head.new_zeros(0, self.width) if numbers is None else numbers
+        return Distribution(hidden, head.head, head.bias, head.scale, head.softcap)
+
+
+class ExpectedHeadRows(WholeForm):
+    """Mean rows of the head that policy and reference share: a KL without a second pass over the vocabulary."""
+
+    kind, words = EXPECTED, "expected head rows"
+
+    def __init__(self, width: int) -> None:
+        self.width = width
+
+    @property
+    def token_bytes(self) -> int:
+        return 4 * (self.width + _SCALARS)
+
+    def numbers(self, source: LiveReference, policy: nn.Module, batch: dict[str, Any]) -> Tensor:
+        rows = expected_rows(source.distribution(policy, batch), batch["target"])
+        scalars = torch.stack([rows.mean_logit, rows.log_normalizer, rows.ref_logp], dim=1)
+        return torch.cat([rows.rows, scalars], dim=1)
+
+    def given(self, numbers: Tensor | None, like: Tensor) -> ExpectedRows:
+        if numbers is None:
+            numbers = torch.zeros(0, self.width + _SCALARS, device=like.device)
+        rows, scalars = numbers.split([self.width, _SCALARS], dim=1)
+        return ExpectedRows(rows, *scalars.unbind(1))
