@@ -28,6 +28,8 @@ CASES: dict[str, dict[str, Any]] = {
     "an_empty_rank_at_the_end": {"rows": 9, "batch": 8, "accumulation": 1, "epochs": 2},
     "adapter_and_checkpointing": {"rows": 13, "batch": 4, "accumulation": 2, "epochs": 2, "adapter": True},
     "sft": {"rows": 13, "batch": 4, "accumulation": 1, "loss": "sft", "rate": 0.3},
+    "whole_distributions": {"rows": 9, "batch": 8, "accumulation": 1, "epochs": 2, "loss": "tdpo2", "eval_rows": 3},
+    "whole_distributions_and_adapter": {"rows": 13, "batch": 4, "accumulation": 2, "loss": "tdpo1", "adapter": True},
     "step_estimate": {"rows": 9, "batch": 8, "accumulation": 1, "loss": CentredLoss()},
     "evaluation": {"rows": 4, "batch": 4, "accumulation": 1, "eval_rows": 7},
     "evaluation_before_training": {"rows": 9, "batch": 4, "accumulation": 1, "eval_rows": 3, "evaluate_first": True},

@@ -12,7 +12,14 @@ from tests.training import CentredLoss, make_trainer, trained, weights
 
 # Ten rows in one step: as 10, 10x1, 4+4+2 and 3+3+3+1.
 SPLITS = [(10, 1), (1, 10), (4, 3), (3, 4)]
-LOSSES = {"dpo": "dpo", "sft": "sft", "mixture": Objective([(1.0, make("dpo")), (0.3, make("sft"))])}
+LOSSES = {
+    "dpo": "dpo",
+    "sft": "sft",
+    "tdpo1": "tdpo1",
+    "tdpo2": "tdpo2",
+    "mixture": Objective([(1.0, make("dpo")), (0.3, make("sft"))]),
+    "mixture with distributions": Objective([(1.0, make("tdpo2")), (0.5, make("dpo")), (0.3, make("sft"))]),
+}
 
 
 def split(batch: int, steps: int) -> dict[str, int]:
