@@ -20,6 +20,7 @@ from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from prefopt.errors import UserError
+from prefopt.scoring.attention import tree_masks
 from prefopt.scoring.head import score_tokens
 from prefopt.scoring.zero import gathered
 
@@ -39,6 +40,7 @@ _SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_ca
 _SCORING_ARGUMENTS = (
     inspect.Parameter("source", inspect.Parameter.KEYWORD_ONLY, default=None),
     inspect.Parameter("target", inspect.Parameter.KEYWORD_ONLY, default=None),
+    inspect.Parameter("branch", inspect.Parameter.KEYWORD_ONLY, default=None),
     inspect.Parameter("statistics", inspect.Parameter.KEYWORD_ONLY, default=("logp",)),
 )
 
@@ -48,7 +50,8 @@ def enable_scoring(model: nn.Module) -> None:
 
     With the keyword `source` (flat positions in `[R * T]` whose hidden states predict) the call runs the backbone on
     `input_ids` `[R, T]`, `attention_mask`, `position_ids` and whatever else the backbone takes, and returns the
-    `statistics` (see `score_tokens`) of the tokens `target` `[M]`. Without it, the call is the ordinary forward.
+    `statistics` (see `score_tokens`) of the tokens `target` `[M]`. Without it, the call is the ordinary forward. Rows
+    in which answers share a prompt bring `branch` `[R, T]` in place of the mask: see `tree_masks`.
 
     Only this instance changes: no module, parameter or class is replaced, and a deep copy scores with its own weights.
     Call it before `accelerate.prepare`; a second call does nothing. Raises `UserError` for a model that has no backbone
@@ -99,6 +102,9 @@ def _score(
     model: PreTrainedModel, source: Tensor, target: Tensor, statistics: tuple[str, ...], inputs: dict[str, Any]
 ) -> dict[str, Tensor]:
     given = {name: value for name, value in inputs.items() if value is not None}  # PEFT fills in what was not passed
+    if "branch" in given:
+        branch = given.pop("branch")
+        given["attention_mask"] = tree_masks(model.config, branch, given["position_ids"], model.dtype)
     hidden = model.base_model(**{**given, "use_cache": False})[0]
     scale, softcap = head_transform(model.config)
     with _unsharded(_output_head(model)) as head, gathered(head.weight, getattr(head, "bias", None)):
