@@ -33,7 +33,8 @@ AUTO, PLAIN, SHARED = "auto", "plain", "shared"
 _WORTH = 0.05
 # An operation of attention takes this many times as long as one of a matrix product (measured on a CPU).
 _SLOWER = 3.0
-_MEASURED = 100  # micro-batches
+_MEASURED = 100  # micro-batches, of so many rows
+_ROWS = 8
 
 
 @dataclass(frozen=True)
@@ -118,10 +119,12 @@ def _draws_at_random(trainer: PreferenceTrainer) -> bool:
 
 
 def measure(trainer: PreferenceTrainer, collator: Collator) -> Reading:
-    """What a collator makes of micro-batches of the first epoch, a sample spread over all of it."""
+    """What a collator makes of micro-batches of an epoch, a sample spread over all of it.
+
+    They are of one size however the run is split, so that a run resumed on other devices settles on its own layout.
+    """
     data = trainer.train_dataset
-    sampler = row_sampler(trainer, data, collator, batch_size=trainer.args.train_batch_size, is_training=True, rank=0)
-    batches = list(sampler)
+    batches = list(_sampler(trainer, data, collator, batch_size=_ROWS, strategy=trainer.args.train_sampling_strategy))
     # The width at which attention over a row takes as long as everything else in a layer.
     even = 6 * causal_lm(trainer.model).config.hidden_size / _SLOWER
     plain, tokens, work = 0, 0, 0.0
@@ -134,26 +137,30 @@ def measure(trainer: PreferenceTrainer, collator: Collator) -> Reading:
 
 
 def row_sampler(
-    trainer: PreferenceTrainer,
-    dataset: TokenDataset,
-    collator: Any,
-    *,
-    batch_size: int,
-    is_training: bool,
-    rank: int | None = None,
+    trainer: PreferenceTrainer, dataset: TokenDataset, *, batch_size: int, is_training: bool
 ) -> WindowSampler:
-    """The order of a data set's rows, in batches of this rank or of `rank`, for the layout of a collator."""
-    args, shared = trainer.args, is_shared(collator)
-    return WindowSampler(
-        dataset.widths(shared=shared, rejected=trainer.objective.all_completions),
+    """The order of a data set's rows in the batches of this rank, for the layout that the trainer has settled on."""
+    args = trainer.args
+    return _sampler(
+        trainer,
+        dataset,
+        trainer.data_collator,
         batch_size=batch_size,
         accumulation=args.gradient_accumulation_steps if is_training else 1,
         world_size=args.world_size,
-        rank=args.process_index if rank is None else rank,
-        seed=args.seed if args.data_seed is None else args.data_seed,
+        rank=args.process_index,
         strategy=args.train_sampling_strategy if is_training else "longest_first",
         drop_last=args.dataloader_drop_last and is_training,
+    )
+
+
+def _sampler(trainer: PreferenceTrainer, dataset: TokenDataset, collator: Any, **split: Any) -> WindowSampler:
+    args, shared = trainer.args, is_shared(collator)
+    return WindowSampler(
+        dataset.widths(shared=shared, rejected=trainer.objective.all_completions),
+        seed=args.seed if args.data_seed is None else args.data_seed,
         prompts=dataset.prompts if shared else None,
+        **split,
     )
 
 

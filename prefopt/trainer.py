@@ -121,7 +121,7 @@ class PreferenceTrainer(DurableTrainer):
         dataloader_key: str | None = None,
     ) -> DataLoader:
         args = self.args
-        sampler = row_sampler(self, dataset, self.data_collator, batch_size=batch_size, is_training=is_training)
+        sampler = row_sampler(self, dataset, batch_size=batch_size, is_training=is_training)
         # A plain loader, not prepared: accelerate would shard it again and repeat rows to even the batches.
         return DataLoader(
             dataset,  # type: ignore[arg-type]
