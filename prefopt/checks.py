@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from prefopt.console import say
 from prefopt.data.dataset import TokenDataset
 from prefopt.errors import DataError, NonFiniteError, UserError
+from prefopt.layouts import check_layout, plain_rows
 from prefopt.losses import Objective
 from prefopt.scoring.modes import evaluating
 from prefopt.scoring.rounding import BEYOND, rounding_bound
@@ -32,15 +33,16 @@ def check_start(trainer: PreferenceTrainer, model: nn.Module) -> None:
     policy does not.
     """
     say(*_notes(trainer), f"reference: {trainer.reference.summary}")
-    batch = _small_batch(trainer)
+    if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+        check_layout(trainer, model)  # of others it is known already
     if trainer.args.self_check:
-        result = check_scores(model, batch)
+        result = check_scores(model, _small_batch(trainer, as_model=True))
         say(
             f"self-check: scores agree with the model's own logits to {result.max_difference:.1e} "
             f"(bound {result.bound:.1e})"
         )
     if trainer.reference.is_start:
-        _check_margins(trainer, model, batch)
+        _check_margins(trainer, model, _small_batch(trainer))
     trainer.reference.is_start = False  # from here on the policy moves, and may be trained further
 
 
@@ -127,10 +129,12 @@ def _not_finite(step: int, norm: Any, window: Sequence[tuple[Tensor, Tensor]]) -
     )
 
 
-def _small_batch(trainer: PreferenceTrainer) -> dict[str, Any]:
-    dataset = trainer.train_dataset
+def _small_batch(trainer: PreferenceTrainer, as_model: bool = False) -> dict[str, Any]:
+    """A few short rows on the device: in the layout of training, or in the one the model itself reads."""
+    dataset, collate = trainer.train_dataset, trainer.data_collator
+    collate = plain_rows(collate) if as_model else collate
     shortest = sorted(range(len(dataset)), key=lambda index: dataset.lengths[index])[:_ROWS]
-    return trainer._prepare_inputs(trainer.data_collator([dict(dataset[index]) for index in shortest]))
+    return trainer._prepare_inputs(collate([dict(dataset[index]) for index in shortest]))
 
 
 def _check_margins(trainer: PreferenceTrainer, model: nn.Module, batch: dict[str, Any]) -> None:

@@ -104,6 +104,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "identical_pairs": ("drop", "refuse"),
     "on_bad_row": ("error", "skip"),
     "prompt_boundary": ("generation_prompt", "common_prefix"),
+    "row_layout": ("auto", "plain", "shared"),
     "train_sampling_strategy": ("random", "sequential", "group_by_length"),
     "truncation_mode": ("keep_start", "keep_end", "drop"),
 }
@@ -123,7 +124,7 @@ FIXED: dict[str, tuple[object, str]] = {
 DEFAULTS_SHOWN = (
     "learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "optim", "max_grad_norm", "num_train_epochs",
     "max_steps", "per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps",
-    "train_sampling_strategy", "max_length", "truncation_mode", "cut_answers", "min_prompt_tokens",
+    "train_sampling_strategy", "row_layout", "max_length", "truncation_mode", "cut_answers", "min_prompt_tokens",
     "max_dropped", "on_bad_row", "disable_dropout", "activation_checkpointing", "bf16", "fp16", "seed", "self_check",
     "logging_steps", "eval_strategy", "save_strategy", "save_steps", "report_to",
 )  # fmt: skip
@@ -291,6 +292,14 @@ class PreferenceConfig(TrainingArguments):
     )
     pad_to_multiple_of: int | None = field(
         default=None, metadata={"help": "Pad rows to a multiple of this many tokens."}
+    )
+    row_layout: str = field(
+        default="auto",
+        metadata={
+            "help": "Where answers lie: plain (each behind a copy of its prompt), shared (all of a prompt behind "
+            "one copy, computed once), or auto: shared where it is faster and the model can take it.",
+            "choices": list(CHOICES["row_layout"]),
+        },
     )
     disable_dropout: bool = field(default=True, metadata={"help": "Switch off the dropout of the model."})
     loss_weights: list[float] | None = field(

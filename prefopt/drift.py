@@ -60,7 +60,7 @@ FREE = frozenset((
 ))  # fmt: skip
 OTHERS = (
     "world_size", "sharding", "model", "trainable", "base", "adapter", "data", "loss", "loss_weights", "reference",
-    "procedure", "plugin",
+    "layout", "procedure", "plugin",
 )  # fmt: skip
 """Facts that are no setting of the trainer."""
 

@@ -57,6 +57,11 @@ class MetricSums:
         self._sums[name] = self._sums[name] + total if name in self._sums else total
         self._counts[name] = self._counts.get(name, 0) + count
 
+    def add_sums(self, sums: Mapping[str, tuple[Number, Number]]) -> None:
+        """Add several sums, each with its count."""
+        for name, (total, count) in sums.items():
+            self.add_sum(name, total, count)
+
     def reduce(self, accelerator: Accelerator | None = None) -> dict[str, float]:
         """The value of every metric over all ranks; see `reduce_figures`."""
         return {name: figure.value for name, figure in self.reduce_figures(accelerator).items()}

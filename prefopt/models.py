@@ -19,7 +19,7 @@ from transformers.utils.peft_utils import find_adapter_config_file
 from prefopt.config import PreferenceConfig
 from prefopt.errors import UserError
 from prefopt.recipe.sections import ModelSection
-from prefopt.scoring.model import enable_scoring, refuse_unsupported
+from prefopt.scoring.model import causal_lm, enable_scoring, refuse_unsupported
 
 CHECK_NAME = "Check the name and the folder you are in; without a network, name a local folder."
 DTYPES = {"auto": "auto", "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -174,11 +174,23 @@ def silence_dropout(model: nn.Module) -> int:
     return silenced
 
 
+def has_dropout(model: nn.Module) -> bool:
+    """Whether anything in a model, its adapters included, drops out at random in training."""
+    modules = list(model.modules())
+    return any(isinstance(each, nn.Dropout) and each.p > 0 for each in modules) or any(
+        _dropout_numbers(owner) for owner in (causal_lm(model).config, *modules)
+    )
+
+
 def _zero_dropout_numbers(owner: Any) -> int:
-    names = [name for name, value in vars(owner).items() if "drop" in name and isinstance(value, float) and value > 0]
+    names = _dropout_numbers(owner)
     for name in names:
         setattr(owner, name, 0.0)
     return len(names)
+
+
+def _dropout_numbers(owner: Any) -> list[str]:
+    return [name for name, value in vars(owner).items() if "drop" in name and isinstance(value, float) and value > 0]
 
 
 def _first_line(error: Exception) -> str:

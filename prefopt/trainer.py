@@ -25,12 +25,12 @@ from prefopt.console import say
 from prefopt.data.collation import Batch
 from prefopt.data.dataset import TokenDataset
 from prefopt.data.prepare import WEIGHT, Preparation
-from prefopt.data.sampler import WindowSampler
 from prefopt.drift import loss_facts
 from prefopt.durable import DurableTrainer
 from prefopt.errors import NonFiniteError
 from prefopt.interrupt import spare_worker
 from prefopt.launch import refuse_parallelism
+from prefopt.layouts import choose_layout, is_shared, row_sampler
 from prefopt.losses import Loss, Objective, sides_of
 from prefopt.metrics import MetricSums
 from prefopt.models import complete_tokenizer, open_model, open_reference, prepare_policy, tokenizer_of
@@ -108,6 +108,7 @@ class PreferenceTrainer(DurableTrainer):
         self.reference, self.reference_identity = open_reference_scores(
             self, explicit, fresh_adapter=peft_config is not None
         )
+        choose_layout(self)
 
     def _get_dataloader(  # type: ignore[override]
         self,
@@ -119,16 +120,7 @@ class PreferenceTrainer(DurableTrainer):
         dataloader_key: str | None = None,
     ) -> DataLoader:
         args = self.args
-        sampler = WindowSampler(
-            dataset.lengths if self.objective.all_completions else dataset.desirable_lengths,
-            batch_size=batch_size,
-            accumulation=args.gradient_accumulation_steps if is_training else 1,
-            world_size=args.world_size,
-            rank=args.process_index,
-            seed=args.seed if args.data_seed is None else args.data_seed,
-            strategy=args.train_sampling_strategy if is_training else "longest_first",
-            drop_last=args.dataloader_drop_last and is_training,
-        )
+        sampler = row_sampler(self, dataset, batch_size=batch_size, is_training=is_training)
         # A plain loader, not prepared: accelerate would shard it again and repeat rows to even the batches.
         return DataLoader(
             dataset,  # type: ignore[arg-type]
@@ -171,6 +163,8 @@ class PreferenceTrainer(DurableTrainer):
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         self._window.clear()
         self._new_tokens += sum(batch["tokens"] for batch in batches)
+        for batch in batches:
+            self._train_sums.add_sums(batch["reading"])
         if self.objective.has_estimates:
             self._estimates = self._estimate(batches)
         counts = torch.tensor([self.objective.counts(sides_of(batch)) for batch in batches]).sum(0)
@@ -214,8 +208,7 @@ class PreferenceTrainer(DurableTrainer):
                 parts = self._estimate_batch(model, batch) if self.objective.plain_estimates else {}
                 if self.objective.mismatched:
                     parts |= self._estimate_batch(model, batch["mismatched"], mismatched=True)
-                for name, (total, count) in parts.items():
-                    sums.add_sum(name, total, count)
+                sums.add_sums(parts)
         return sums.reduce(self.accelerator)
 
     def _estimate_batch(self, model: nn.Module, batch: Batch, **about: bool) -> dict[str, tuple[Tensor, Tensor]]:
@@ -242,7 +235,9 @@ class PreferenceTrainer(DurableTrainer):
 
     def _resume_facts(self) -> dict[str, Any]:
         reference = self.reference_identity and self.reference_identity.key
-        return {**loss_facts(self.objective), "data": self.train_dataset.fingerprint, "reference": reference}
+        layout = "shared" if is_shared(self.data_collator) else "plain"
+        facts = {"data": self.train_dataset.fingerprint, "reference": reference, "layout": layout}
+        return {**loss_facts(self.objective), **facts}
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         self._count_tokens()  # the count is part of the saved state

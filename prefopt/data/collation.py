@@ -14,34 +14,29 @@ from typing import Any
 import numpy as np
 import torch
 
+from prefopt.data.layout import Completion, lay_out
+
 Row = Mapping[str, Any]
 Batch = dict[str, Any]
 
 # The part of a batch that the model's forward takes; the rest says what the scores mean.
-MODEL_KEYS = ("input_ids", "attention_mask", "source", "target")
-
-
-@dataclass(frozen=True)
-class _Completion:
-    prompt: np.ndarray
-    ids: np.ndarray
-    scored: np.ndarray
-    ref_logp: np.ndarray | None
-    reference: Any
+MODEL_KEYS = ("input_ids", "attention_mask", "branch", "position_ids", "source", "target")
 
 
 @dataclass(frozen=True)
 class Collator:
     """Builds the batch of a list of token rows; an empty list gives one unscored row, so that every rank can take part.
 
-    The batch holds `input_ids`, `attention_mask` `[R,T]` (padded on the right), `source` `[M]` (index into the
-    flattened `R*T` hidden states that predicts the token), `target` `[M]`, `sequence` `[M]` (completion), `columns`
-    (`{name: [B]}`), `row` `[B]` (position in the source), and the numbers `paired`, `size`, `desirable_size`,
-    `desirable_tokens` and `tokens` (all that is read, padding left out). Rows that carry their reference scores add
-    `ref_logp` `[M]`, and those that know where more of it is stored `reference` `[M, D]`; with `mismatched` a batch
-    of the same rows, each prompt before the answer it was matched with, lies beside under that name. Unpaired rows
-    are put in the order of their completions. With `all_completions=False` only chosen (desirable) ones are laid
-    out.
+    The batch holds what the backbone reads (see `lay_out`; `shared` says whether answers share the row of their
+    prompt), `source` `[M]` (index into the flattened `R*T` hidden states that predicts the token), `target` `[M]`,
+    `sequence` `[M]` (completion), `columns` (`{name: [B]}`), `row` `[B]` (position in the source), and the numbers
+    `paired`, `size`, `desirable_size`, `desirable_tokens` and `tokens` (of all completions, each with its prompt).
+    `reading` is `{name: (sum, count)}` of what the layout makes of these: `padding`, the share of positions that hold
+    no token, and `unique_tokens`, those a row of the data brings, with what is shared counted once. Rows that carry
+    their reference scores add `ref_logp` `[M]`, and those that know where more of it is stored `reference` `[M, D]`;
+    with `mismatched` a batch of the same rows, each prompt before the answer it was matched with, lies beside under
+    that name. Unpaired rows are put in the order of their completions. With `all_completions=False` only chosen
+    (desirable) ones are laid out.
     """
 
     pad_token_id: int = 0
@@ -50,12 +45,13 @@ class Collator:
     mismatched: bool = False
     columns: tuple[str, ...] = ()
     pad_to_multiple_of: int = 1
+    shared: bool = False
 
     def __call__(self, rows: Sequence[Row]) -> Batch:
         rows = sorted(rows, key=lambda row: not row.get("desirable", True))
         desirable, other = self._sides(rows)
         completions = desirable + other
-        batch = self._lay_out(completions)
+        batch = self._lay_out(completions, len(rows))
         lengths = [int(completion.scored.sum()) for completion in completions]
         batch["sequence"] = torch.from_numpy(np.repeat(np.arange(len(completions)), lengths))
         batch["columns"] = {name: torch.tensor([row["columns"][name] for row in rows]) for name in self.columns}
@@ -74,9 +70,9 @@ class Collator:
             batch["mismatched"] = replace(self, mismatched=False)([_mismatched(row) for row in rows])
         return batch
 
-    def _sides(self, rows: Sequence[Row]) -> tuple[list[_Completion], list[_Completion]]:
-        desirable: list[_Completion] = []
-        other: list[_Completion] = []
+    def _sides(self, rows: Sequence[Row]) -> tuple[list[Completion], list[Completion]]:
+        desirable: list[Completion] = []
+        other: list[Completion] = []
         for row in rows:
             if self.paired:
                 desirable.append(_completion(row, "chosen"))
@@ -85,34 +81,31 @@ class Collator:
                 (desirable if row["desirable"] else other).append(_completion(row, "completion"))
         return desirable, other if self.all_completions else []
 
-    def _lay_out(self, completions: Sequence[_Completion]) -> Batch:
-        lengths = [len(c.prompt) + len(c.ids) for c in completions] or [1]
-        width = -(-max(lengths) // self.pad_to_multiple_of) * self.pad_to_multiple_of
-        ids = np.full((len(lengths), width), self.pad_token_id, dtype=np.int64)
-        mask = np.zeros((len(lengths), width), dtype=np.int64)
-        mask[0, 0] = 1  # the unscored row of an empty batch still attends to one token
-        source, target = [np.zeros(0, dtype=np.int64)], [np.zeros(0, dtype=np.int64)]
-        for index, completion in enumerate(completions):
-            start, stop = len(completion.prompt), lengths[index]
-            ids[index, :start], ids[index, start:stop] = completion.prompt, completion.ids
-            mask[index, :stop] = 1
-            scored = np.flatnonzero(completion.scored)
-            # The hidden state at position t - 1 predicts the token at t.
-            source.append(index * width + start + scored - 1)
-            target.append(completion.ids[scored].astype(np.int64))
-        return {
-            "input_ids": torch.from_numpy(ids),
-            "attention_mask": torch.from_numpy(mask),
-            "source": torch.from_numpy(np.concatenate(source)),
-            "target": torch.from_numpy(np.concatenate(target)),
-        }
+    def _lay_out(self, completions: Sequence[Completion], rows: int) -> Batch:
+        arrays, read = lay_out(
+            completions, shared=self.shared, pad_token_id=self.pad_token_id, multiple=self.pad_to_multiple_of
+        )
+        batch: Batch = {name: torch.from_numpy(array) for name, array in arrays.items()}
+        positions = batch["input_ids"].numel()
+        batch["reading"] = {"padding": (positions - read, positions), "unique_tokens": (read, rows)}
+        return batch
 
 
 def row_length(row: Row, rejected: bool = True) -> int:
-    """Tokens the backbone reads for a row in the plain layout: what rows are grouped by."""
+    """Tokens of a row's answers, each with its prompt: what the backbone reads of it in the plain layout."""
+    answers = _answer_lengths(row, rejected)
+    return len(answers) * len(row["prompt_ids"]) + sum(answers)
+
+
+def row_width(row: Row, *, shared: bool, rejected: bool = True) -> int:
+    """Tokens of the longest backbone row that a row of the data makes: what rows are grouped by, to save padding."""
+    answers = _answer_lengths(row, rejected)
+    return len(row["prompt_ids"]) + (sum(answers) if shared else max(answers))
+
+
+def _answer_lengths(row: Row, rejected: bool) -> list[int]:
     wanted = ("chosen_ids", "completion_ids", *(("rejected_ids",) if rejected else ()))
-    sides = [name for name in wanted if name in row]
-    return sum(len(row["prompt_ids"]) + len(row[name]) for name in sides)
+    return [len(row[name]) for name in wanted if name in row]
 
 
 def _mismatched(row: Row) -> Row:
@@ -120,6 +113,6 @@ def _mismatched(row: Row) -> Row:
     return {**row, **{f"completion_{part}": row.get(f"mismatched_{part}") for part in parts}}
 
 
-def _completion(row: Row, side: str) -> _Completion:
+def _completion(row: Row, side: str) -> Completion:
     prompt, ids, scored = (np.asarray(row[key]) for key in ("prompt_ids", f"{side}_ids", f"{side}_scored"))
-    return _Completion(prompt, ids, scored, row.get(f"{side}_ref_logp"), row.get(f"{side}_reference"))
+    return Completion(prompt, ids, scored, row.get(f"{side}_ref_logp"), row.get(f"{side}_reference"))

@@ -8,8 +8,10 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
+import numpy as np
+
 from prefopt.data.answers import answer_id, sides_in
-from prefopt.data.collation import Row, row_length
+from prefopt.data.collation import Row, row_length, row_width
 from prefopt.errors import DataError
 
 
@@ -37,13 +39,18 @@ class TokenDataset:
 
     @cached_property
     def lengths(self) -> list[int]:
-        """Tokens the backbone reads for each row."""
+        """Tokens of each row's answers, each with its prompt."""
         return [row_length(row) for row in self.rows]
 
+    def widths(self, *, shared: bool, rejected: bool = True) -> list[int]:
+        """Tokens of the longest backbone row each row makes; `rejected` False where no loss reads those answers."""
+        return [row_width(row, shared=shared, rejected=rejected) for row in self.rows]
+
     @cached_property
-    def desirable_lengths(self) -> list[int]:
-        """As `lengths`, for a loss that leaves the rejected answers of pairs out of the forward."""
-        return [row_length(row, rejected=False) for row in self.rows]
+    def prompts(self) -> list[int]:
+        """For each row a number that it has in common with the other rows of its prompt."""
+        numbers: dict[bytes, int] = {}
+        return [numbers.setdefault(np.asarray(row["prompt_ids"]).tobytes(), len(numbers)) for row in self.rows]
 
     @cached_property
     def answer_ids(self) -> list[dict[str, bytes]]:

@@ -22,12 +22,13 @@ _WINDOWS_PER_SORT = 50
 
 
 class WindowSampler(Sampler[list[int]]):
-    """A rank-aware batch sampler over rows of known `lengths` (tokens).
+    """A rank-aware batch sampler over rows of known `lengths`: the tokens of the longest backbone row each makes.
 
     `batch_size` rows a micro-batch and rank, `accumulation` micro-batches a window. Strategies: `random` windows,
     `sequential` ones, `group_by_length` (windows of similar length, in random order, the longest first so that memory
     runs out at once or never), and `longest_first`, a fixed order for evaluation. Inside a window rows are always dealt
-    by length, which costs nothing and saves padding.
+    by length, which costs nothing and saves padding; rows of one of the `prompts` (a number a row) stay together, so
+    that they can share it. Ranks take the longer rows of a micro-batch in turn.
     """
 
     def __init__(
@@ -41,10 +42,12 @@ class WindowSampler(Sampler[list[int]]):
         seed: int = 0,
         strategy: str = "random",
         drop_last: bool = False,
+        prompts: Sequence[int] | None = None,
     ) -> None:
         if strategy not in STRATEGIES:
             raise ValueError(f"unknown sampling strategy {strategy!r}: one of {', '.join(STRATEGIES)}")
         self.lengths = np.asarray(lengths, dtype=np.int64)
+        self.prompts = np.arange(len(lengths)) if prompts is None else np.asarray(prompts, dtype=np.int64)
         self.slot = batch_size * world_size
         self.window = self.slot * accumulation
         self.world_size = world_size
@@ -77,9 +80,19 @@ class WindowSampler(Sampler[list[int]]):
 
     def __iter__(self) -> Iterator[list[int]]:
         for window in self.windows():
-            by_length = window[np.argsort(-self.lengths[window], kind="stable")]
-            for start in range(0, len(by_length), self.slot):
-                yield by_length[start : start + self.slot][self.rank :: self.world_size].tolist()
+            rows = self._dealt(window)
+            for number, start in enumerate(range(0, len(rows), self.slot)):
+                # Back and forth, so that no rank has the longest rows of every micro-batch.
+                turn = self.world_size - 1 - self.rank if number % 2 else self.rank
+                yield np.array_split(rows[start : start + self.slot], self.world_size)[turn].tolist()
+
+    def _dealt(self, window: np.ndarray) -> np.ndarray:
+        """A window's rows in the order they are dealt in: the prompt with the longest row first, its rows together."""
+        lengths = self.lengths[window]
+        prompt = np.unique(self.prompts[window], return_inverse=True)[1]
+        longest = np.zeros(len(window), dtype=np.int64)
+        np.maximum.at(longest, prompt, lengths)
+        return window[np.lexsort((-lengths, prompt, -longest[prompt]))]
 
     def _generator(self, purpose: int) -> np.random.Generator:
         return np.random.default_rng([self.seed, self.epoch, purpose])

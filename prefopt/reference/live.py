@@ -193,7 +193,7 @@ def plan_reference(
 
 def plan_of(batch: dict[str, Any]) -> dict[str, Any]:
     """The part of a batch that a model's scoring forward takes."""
-    return {key: batch[key] for key in MODEL_KEYS}
+    return {key: batch[key] for key in MODEL_KEYS if key in batch}
 
 
 def _check_explicit(reference: nn.Module, policy: nn.Module) -> None:

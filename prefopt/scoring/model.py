@@ -20,6 +20,7 @@ from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from prefopt.errors import UserError
+from prefopt.scoring.attention import tree_masks
 from prefopt.scoring.distribution import Distribution, ExpectedRows
 from prefopt.scoring.head import statistics_of
 from prefopt.scoring.zero import gathered
@@ -40,6 +41,7 @@ _SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_ca
 _SCORING_ARGUMENTS = (
     inspect.Parameter("source", inspect.Parameter.KEYWORD_ONLY, default=None),
     inspect.Parameter("target", inspect.Parameter.KEYWORD_ONLY, default=None),
+    inspect.Parameter("branch", inspect.Parameter.KEYWORD_ONLY, default=None),
     inspect.Parameter("statistics", inspect.Parameter.KEYWORD_ONLY, default=("logp",)),
     inspect.Parameter("reference", inspect.Parameter.KEYWORD_ONLY, default=None),
 )
@@ -52,8 +54,9 @@ def enable_scoring(model: nn.Module) -> None:
 
     With the keyword `source` (flat positions in `[R * T]` whose hidden states predict) the call runs the backbone on
     `input_ids` `[R, T]`, `attention_mask`, `position_ids` and whatever else the backbone takes, and returns the
-    `statistics` (see `score_tokens`) of the tokens `target` `[M]`. Without it, the call is the ordinary forward.
-    Statistics that compare with a reference want it as `reference`: a `Distribution`, which another model's call with
+    `statistics` (see `score_tokens`) of the tokens `target` `[M]`. Without it, the call is the ordinary forward. Rows
+    in which answers share a prompt bring `branch` `[R, T]` in place of the mask: see `tree_masks`. Statistics that
+    compare with a reference want it as `reference`: a `Distribution`, which another model's call with
     `statistics=DISTRIBUTION` returns as `{"distribution": ...}`, or `ExpectedRows`, where the head is frozen.
 
     Only this instance changes: no module, parameter or class is replaced, and a deep copy scores with its own weights.
@@ -91,10 +94,7 @@ def _scoring_forward(kind: type[PreTrainedModel]) -> Callable[..., Any]:
             return type(self).forward(self, *args, **inputs)
         if target is None or args:
             raise TypeError("scoring needs `target` beside `source`, and takes keyword arguments only")
-        given = {
-            name: value for name, value in inputs.items() if value is not None
-        }  # PEFT fills in what was not passed
-        hidden = self.base_model(**{**given, "use_cache": False})[0].flatten(0, 1).index_select(0, source)
+        hidden = _hidden(self, inputs).index_select(0, source)
         with _distribution(self, hidden, lasting=statistics == DISTRIBUTION) as distribution:
             if statistics == DISTRIBUTION:
                 return {"distribution": distribution}
@@ -107,6 +107,16 @@ def _scoring_forward(kind: type[PreTrainedModel]) -> Callable[..., Any]:
     forward.__signature__ = own.replace(parameters=[*parameters, *_SCORING_ARGUMENTS, *rest])  # type: ignore[attr-defined]
     forward.makes_scores = True  # type: ignore[attr-defined]
     return forward
+
+
+def _hidden(model: PreTrainedModel, inputs: dict[str, Any]) -> Tensor:
+    """Final hidden states of all positions, `[R * T, H]`."""
+    given = {name: value for name, value in inputs.items() if value is not None}  # PEFT fills in what was not passed
+    if "branch" in given:
+        branch = given.pop("branch")
+        given["attention_mask"] = tree_masks(model.config, branch, given["position_ids"], model.dtype)
+    hidden: Tensor = model.base_model(**{**given, "use_cache": False})[0]
+    return hidden.flatten(0, 1)
 
 
 @contextmanager

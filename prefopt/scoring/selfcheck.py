@@ -18,8 +18,10 @@ from torch import Tensor, nn
 from prefopt.errors import UserError
 from prefopt.scoring.model import causal_lm
 from prefopt.scoring.modes import evaluating
+from prefopt.scoring.rounding import BEYOND, rounding_bound
 
 ROWS = 4
+_WRONG_LAYOUT = 0.1  # nats a token
 SAFETY = 8.0  # times the rounding expected; a forgotten scale or cap is usually off by orders of magnitude more
 
 _BACKBONE_INPUTS = ("input_ids", "attention_mask", "position_ids")
@@ -55,6 +57,26 @@ def check_scores(model: nn.Module, batch: Mapping[str, Any], tolerance: float | 
     if not result.max_difference <= result.bound:  # NaN must not pass
         raise UserError(_message(model, result))
     return result
+
+
+def check_layouts(
+    model: nn.Module, plain: Mapping[str, Any], shared: Mapping[str, Any], sequence: Tensor, mixed_precision: str
+) -> SelfCheck:
+    """Compare the scores of the same completions in two row layouts, without gradient.
+
+    `plain` and `shared` are what the model's scoring forward takes, `sequence` `[M]` the completion of each scored
+    token. The difference is the root mean square over the tokens of a completion, of the worst one. What a layout gets
+    wrong moves scores by tenths of a nat and more, so in half precision that is the bound.
+    """
+    with evaluating(model):
+        expected, found = (model(**plan)["logp"].double() for plan in (plain, shared))
+    if not len(expected):
+        return SelfCheck(0.0, 0.0)
+    size = int(sequence.max()) + 1
+    squares = expected.new_zeros(size).index_add(0, sequence, (found - expected).square())
+    lengths = torch.bincount(sequence, minlength=size).clamp(min=1)
+    bound = BEYOND * rounding_bound(model, mixed_precision, 1) * max(1.0, float(expected.abs().max()))
+    return SelfCheck(float((squares / lengths).max().sqrt()), min(bound, _WRONG_LAYOUT))
 
 
 def _first_rows(batch: Mapping[str, Any]) -> tuple[dict[str, Any], Tensor, Tensor]:

@@ -18,6 +18,7 @@ from tests.distributed.worker import CASES, RESUMED, logged, resume, run
 from tests.helpers import text_pairs
 from tests.training import make_trainer
 
+OF_THE_SPLIT = {"padding", "unique_tokens"}  # figures that say how rows were laid out, not what came of them
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -57,7 +58,7 @@ def test_each_row_is_seen_once_an_epoch(two_ranks, name):
 def test_logged_figures_are_those_of_one_rank(tmp_path, two_ranks, name):
     one = run(CASES[name], str(tmp_path), world=1)
     for ours, theirs in zip(two_ranks[0][name]["logs"], one["logs"], strict=True):
-        for key in theirs:
+        for key in theirs.keys() - OF_THE_SPLIT:
             assert ours[key] == pytest.approx(theirs[key], rel=1e-4, abs=1e-6), key
     figures = {key for key in one["evaluation"] if "/" in key or key.endswith(("loss", "entropy"))}
     for key in figures:
@@ -100,7 +101,7 @@ def test_a_run_of_two_ranks_goes_on_with_one_when_that_is_allowed(tmp_path, two_
     for name, value in trainer.model.state_dict().items():
         torch.testing.assert_close(value, whole.get(name, value), atol=1e-5, rtol=0)
     for ours, theirs in zip(logged(trainer), lines, strict=False):
-        for name in theirs:
+        for name in theirs.keys() - OF_THE_SPLIT:
             assert ours[name] == pytest.approx(theirs[name], rel=1e-3, abs=1e-5), name
     assert trainer.state.global_step == 12
 

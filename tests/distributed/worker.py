@@ -25,6 +25,7 @@ ADAPTER = {"r": 4, "target_modules": ["q_proj", "v_proj"], "init_lora_weights": 
 # name -> rows, settings; two ranks take half the batch of one, so that the steps are the same.
 CASES: dict[str, dict[str, Any]] = {
     "thirteen_rows": {"rows": 13, "batch": 4, "accumulation": 2, "epochs": 2},
+    "plain_rows": {"rows": 13, "batch": 4, "accumulation": 2, "epochs": 2, "layout": "plain"},
     "an_empty_rank_at_the_end": {"rows": 9, "batch": 8, "accumulation": 1, "epochs": 2},
     "adapter_and_checkpointing": {"rows": 13, "batch": 4, "accumulation": 2, "epochs": 2, "adapter": True},
     "sft": {"rows": 13, "batch": 4, "accumulation": 1, "loss": "sft", "rate": 0.3},
@@ -73,6 +74,7 @@ def run(case: dict[str, Any], folder: str, world: int) -> dict[str, Any]:
         num_train_epochs=case.get("epochs", 1),
         learning_rate=case.get("rate", 1.0),
         activation_checkpointing=adapter,
+        row_layout=case.get("layout", "shared"),
     )
     visits.watch(trainer)
     if case.get("evaluate_first"):
@@ -97,6 +99,7 @@ def resume(folder: str, world: int) -> dict[str, torch.Tensor]:
         "save_strategy": "steps",
         "save_steps": 6,
         "logging_steps": 4,  # so that tokens are counted between two lines of the log
+        "row_layout": "shared",
     }
     whole = make_trainer(folder, text_pairs(13), **settings)
     whole.train()

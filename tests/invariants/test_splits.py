@@ -12,6 +12,7 @@ from tests.training import CentredLoss, make_trainer, trained, weights
 
 # Ten rows in one step: as 10, 10x1, 4+4+2 and 3+3+3+1.
 SPLITS = [(10, 1), (1, 10), (4, 3), (3, 4)]
+LAYOUTS = ["plain", "shared"]
 LOSSES = {
     "dpo": "dpo",
     "sft": "sft",
@@ -26,28 +27,33 @@ def split(batch: int, steps: int) -> dict[str, int]:
     return {"per_device_train_batch_size": batch, "gradient_accumulation_steps": steps}
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("loss", LOSSES)
-def test_ten_rows_give_one_step(tmp_path, loss):
-    ends = [trained(tmp_path, text_pairs(10), loss=LOSSES[loss], **split(*way)) for way in SPLITS]
+def test_ten_rows_give_one_step(tmp_path, loss, layout):
+    ends = [trained(tmp_path, text_pairs(10), loss=LOSSES[loss], row_layout=layout, **split(*way)) for way in SPLITS]
     assert (ends[0] - weights(make_model())).abs().max() > 1e-3
     for end in ends[1:]:
         torch.testing.assert_close(end, ends[0], atol=1e-6, rtol=0)
 
 
-def test_a_short_last_step_counts_its_own_rows(tmp_path):
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_short_last_step_counts_its_own_rows(tmp_path, layout):
     """Thirteen rows, eight a step: the last step has five, in any split."""
     ends = [
-        trained(tmp_path, text_pairs(13), num_train_epochs=2, **split(*way)) for way in [(8, 1), (2, 4), (3, 8 // 3)]
+        trained(tmp_path, text_pairs(13), num_train_epochs=2, row_layout=layout, **split(*way))
+        for way in [(8, 1), (2, 4), (3, 8 // 3)]
     ]
     torch.testing.assert_close(ends[1], ends[0], atol=1e-6, rtol=0)
     assert (ends[2] - ends[0]).abs().max() > 1e-4  # six a step is another run
 
 
-def test_adapters_and_checkpointing_change_nothing(tmp_path):
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_adapters_and_checkpointing_change_nothing(tmp_path, layout):
     adapter = {"r": 4, "target_modules": ["q_proj", "v_proj"], "init_lora_weights": "gaussian"}
     ends = []
     for way, checkpointing in [((10, 1), False), ((4, 3), True), ((1, 10), True)]:
         settings = {**split(*way), "activation_checkpointing": checkpointing, "num_train_epochs": 2}
+        settings["row_layout"] = layout
         ends.append(trained(tmp_path, text_pairs(10), peft_config=LoraConfig(**adapter), **settings))
     untrained = weights(make_trainer(tmp_path, text_pairs(10), peft_config=LoraConfig(**adapter)).model)
     assert (ends[0] - untrained).abs().max() > 1e-3
@@ -66,12 +72,14 @@ def test_row_weights_scale_the_values_and_not_the_count(tmp_path):
     torch.testing.assert_close(trained(tmp_path, silent, **split(2, 3)) - start, three / 2, atol=1e-6, rtol=0)
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("count", [1, 5, 7])
-def test_evaluation_is_the_plain_mean_over_rows(tmp_path, count):
+def test_evaluation_is_the_plain_mean_over_rows(tmp_path, count, layout):
     rows = text_pairs(count, seed=5)
     figures = []
     for batch in (1, 2, 4, 5):
-        trainer = make_trainer(tmp_path, text_pairs(2), eval_rows=rows, per_device_eval_batch_size=batch)
+        settings = {"per_device_eval_batch_size": batch, "row_layout": layout}
+        trainer = make_trainer(tmp_path, text_pairs(2), eval_rows=rows, **settings)
         figures.append(trainer.evaluate())
     each = [make_trainer(tmp_path, text_pairs(2), eval_rows=[row]).evaluate() for row in rows]
     names = [name for name in figures[0] if "/" in name or name == "eval_loss"]
@@ -99,14 +107,17 @@ def test_logged_metrics_are_means_over_the_rows_of_the_step(tmp_path):
         assert [log[name] for log in logs] == pytest.approx([logs[0][name]] * 4, rel=1e-5, abs=1e-6), name
 
 
-def test_estimates_see_the_whole_step(tmp_path):
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_estimates_see_the_whole_step(tmp_path, layout):
     """A loss that needs a mean over the step gets the same one in any split, before its first backward."""
-    ends = [trained(tmp_path, text_pairs(10), loss=CentredLoss(), **split(*way)) for way in SPLITS]
+    ends = [trained(tmp_path, text_pairs(10), loss=CentredLoss(), row_layout=layout, **split(*way)) for way in SPLITS]
     for end in ends[1:]:
         torch.testing.assert_close(end, ends[0], atol=1e-6, rtol=0)
 
 
-def test_padding_to_a_multiple_changes_nothing(tmp_path):
-    ends = [trained(tmp_path, text_pairs(6), pad_to_multiple_of=multiple, **split(3, 2)) for multiple in (None, 8, 64)]
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_padding_to_a_multiple_changes_nothing(tmp_path, layout):
+    ways = [{"pad_to_multiple_of": multiple, "row_layout": layout} for multiple in (None, 8, 64)]
+    ends = [trained(tmp_path, text_pairs(6), **way, **split(3, 2)) for way in ways]
     for end in ends[1:]:
         torch.testing.assert_close(end, ends[0], atol=1e-6, rtol=0)

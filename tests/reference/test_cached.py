@@ -324,7 +324,8 @@ def test_no_room_in_the_store(build, tmp_path, capsys, block):
 
 def test_bytes_are_announced_before_they_are_written(build, capsys):
     build()
-    assert "18 of 18 answers are to be scored; 0.0 MB of log-probabilities will be written to" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "18 of 18 answers are to be scored; 0.0 MB of log-probabilities will be written to" in said
 
 
 def test_a_reference_that_is_not_finite_is_refused(build):

@@ -1,4 +1,4 @@
-"""Whole reference distributions that are computed once: hidden states with a copy of the head, or expected head rows."""
+"""Whole reference distributions that are computed once: hidden states with the head, or expected head rows."""
 
 from __future__ import annotations
 
@@ -170,7 +170,7 @@ def test_a_soft_cap_leaves_hidden_states(build):
     assert isinstance(trainer.reference.form, HiddenStates)
     live = build(model=model(), adapter=LORA, source="live")
     torch.testing.assert_close(scores(trainer), scores(live), atol=4e-6, rtol=0)
-    with pytest.raises(UserError, match="caps its logits.*form: hidden"):
+    with pytest.raises(UserError, match=r"caps its logits.*form: hidden"):
         build(model=model(), adapter=LORA, form="expected")
 
 
