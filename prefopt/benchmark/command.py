@@ -44,6 +44,9 @@ def _parser() -> argparse.ArgumentParser:
     dpo.add_argument("--profiles", nargs="+", default=["hh", "judged"], choices=["hh", "judged"])
     dpo.add_argument("--precisions", nargs="+", default=["float32", "bfloat16"], choices=["float32", "bfloat16"])
     dpo.set_defaults(run=_dpo)
+
+    tdpo = commands.add_parser("tdpo", parents=[common], help="losses over the whole vocabulary beside DPO")
+    tdpo.set_defaults(run=_tdpo)
     return parser
 
 
@@ -70,3 +73,9 @@ def _dpo(asked: argparse.Namespace) -> Any:
 
     options = _options(asked)
     return dpo.check(options) if asked.check else dpo.run(options, tuple(asked.profiles), tuple(asked.precisions))
+
+
+def _tdpo(asked: argparse.Namespace) -> Any:
+    from prefopt.benchmark import tdpo
+
+    return tdpo.run(_options(asked))

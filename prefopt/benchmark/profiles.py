@@ -11,11 +11,14 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from prefopt.data.sampler import WindowSampler
+
+if TYPE_CHECKING:
+    from prefopt.benchmark.setting import Options
 
 MAX_LENGTH = 1024
 _FILES = {"hh": "hh_lengths.json", "judged": "judged_pairs_train.jsonl"}
@@ -94,6 +97,13 @@ def windows(profile: Profile, *, batch_size: int, count: int, grouped: bool, see
     tokens = np.array([2 * batch_size * longest[window].max() for window in found])
     parts = np.array_split(np.argsort(tokens, kind="stable"), count)
     return [found[part[np.abs(tokens[part] - tokens[part].mean()).argmin()]] for part in parts]
+
+
+def steps_of(profile: Profile, options: Options, *, grouped: bool = True) -> np.ndarray:
+    """The rows of the steps of one round, `[steps, pairs]`."""
+    return np.stack(
+        windows(profile, batch_size=options.batch_size, count=options.steps, grouped=grouped, seed=options.seed)
+    )
 
 
 def token_rows(lengths: np.ndarray, *, vocabulary: int, seed: int = 0) -> list[dict[str, Any]]:

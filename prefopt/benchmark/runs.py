@@ -14,6 +14,9 @@ from typing import Any
 
 from transformers import Trainer, TrainerCallback, TrainerControl
 
+from prefopt.benchmark.setting import Options, device
+from prefopt.benchmark.timing import Step, Times, clock_of, take_turns
+
 
 class Paced(TrainerCallback):
     """`trainer.train()`, a step for each call of `step`. Call `close` at the end, also when a step failed."""
@@ -69,3 +72,10 @@ def paced(trainers: dict[str, Trainer]) -> Iterator[dict[str, Paced]]:
     finally:
         for run in runs.values():
             run.close()
+
+
+def trained_in_turns(trainers: dict[str, Trainer], options: Options, **others: Step) -> Times:
+    """Seconds a round of each trainer's own training and of `others`, a step of each after the other."""
+    with paced(trainers) as runs:
+        steps = {**{name: run.step for name, run in runs.items()}, **others}
+        return take_turns(steps, rounds=options.rounds, steps=options.steps, clock=clock_of(device()))

@@ -11,10 +11,10 @@ import numpy as np
 from transformers import Trainer
 
 from prefopt.benchmark.floor import Floor
-from prefopt.benchmark.profiles import Profile, token_rows, windows
-from prefopt.benchmark.runs import paced
-from prefopt.benchmark.setting import Options, Shape, device, our_trainer, quiet, settings, trl_trainer
-from prefopt.benchmark.timing import Times, clock_of, take_turns
+from prefopt.benchmark.profiles import Profile, steps_of, token_rows
+from prefopt.benchmark.runs import trained_in_turns
+from prefopt.benchmark.setting import Options, Shape, our_trainer, quiet, settings, trl_trainer
+from prefopt.benchmark.timing import Times
 from prefopt.config import PreferenceConfig
 
 HAS_LAYOUTS = "row_layout" in {setting.name for setting in fields(PreferenceConfig)}
@@ -56,20 +56,7 @@ class Work:
     @classmethod
     def of(cls, profile: Profile, options: Options, shape: Shape, precision: str = "float32") -> Work:
         """Steps that stand for an epoch of a profile."""
-        grouped, mixed = (
-            profile.lengths[
-                np.stack(
-                    windows(
-                        profile,
-                        batch_size=options.batch_size,
-                        count=options.steps,
-                        grouped=grouped,
-                        seed=options.seed,
-                    )
-                )
-            ]
-            for grouped in (True, False)
-        )
+        grouped, mixed = (profile.lengths[steps_of(profile, options, grouped=each)] for each in (True, False))
         return cls(options, shape, precision, grouped, mixed)
 
     def lengths(self, way: Way) -> np.ndarray:
@@ -99,11 +86,8 @@ def measure(work: Work, ways: tuple[Way, ...] = WAYS) -> tuple[Times, dict[str, 
     with quiet(), TemporaryDirectory() as folder:
         trainers = {way.name: work.trainer(way, Path(folder)) for way in ways if way.maker != "floor"}
         loads = {way.name: _load(work, way, trainers.get(way.name)) for way in ways}
-        with paced(trainers) as runs:
-            steps: dict[str, Any] = {name: run.step for name, run in runs.items()}
-            steps |= {way.name: _floor(work).step for way in ways if way.maker == "floor"}
-            options = work.options
-            times = take_turns(steps, rounds=options.rounds, steps=options.steps, clock=clock_of(device()))
+        by_hand = {way.name: _floor(work).step for way in ways if way.maker == "floor"}
+        times = trained_in_turns(trainers, work.options, **by_hand)
     return times, loads
 
 
