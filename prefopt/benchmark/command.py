@@ -47,6 +47,17 @@ def _parser() -> argparse.ArgumentParser:
 
     tdpo = commands.add_parser("tdpo", parents=[common], help="losses over the whole vocabulary beside DPO")
     tdpo.set_defaults(run=_tdpo)
+
+    losses = commands.add_parser("losses", parents=[common], help="a step of every loss beside DPO's")
+    losses.set_defaults(run=_losses)
+
+    reference = commands.add_parser("reference", parents=[common], help="several algorithms, one store of scores")
+    reference.set_defaults(run=_reference)
+
+    scaling = commands.add_parser("scaling", parents=[common], help="one axis at a time")
+    axes = ["length", "prompt", "batch", "vocabulary", "model"]
+    scaling.add_argument("--axes", nargs="+", default=axes, choices=axes)
+    scaling.set_defaults(run=_scaling)
     return parser
 
 
@@ -79,3 +90,21 @@ def _tdpo(asked: argparse.Namespace) -> Any:
     from prefopt.benchmark import tdpo
 
     return tdpo.run(_options(asked))
+
+
+def _losses(asked: argparse.Namespace) -> Any:
+    from prefopt.benchmark import losses
+
+    return losses.run(_options(asked))
+
+
+def _reference(asked: argparse.Namespace) -> Any:
+    from prefopt.benchmark import reference
+
+    return reference.run(_options(asked))
+
+
+def _scaling(asked: argparse.Namespace) -> Any:
+    from prefopt.benchmark import scaling
+
+    return scaling.run(_options(asked), tuple(asked.axes))

@@ -127,7 +127,7 @@ _LOSSES: dict[str, Callable[[Statistics], Tensor]] = {"dpo": _dpo, "tdpo1": _tdp
 
 # Matrix products of `2 M H V` flops where logits are made again in the backward pass. All have the policy's logits and
 # the gradients of hidden states and head. Then DPO: the policy's again. TDPO1: the reference's, twice, since no policy
-# probability is left in the gradient of its sum. TDPO2: the policy's again, the reference's, and its rejected half again.
+# probability is left in the gradient of its sum. TDPO2: the policy's again, the reference's and half of that again.
 PRODUCTS = {"dpo": 4.0, "tdpo1": 5.0, "tdpo2": 5.5}
 HEAD_WAYS = tuple(HeadWay(loss, kind) for kind in ("prefopt", "dense", "floor") for loss in _LOSSES)
 

@@ -10,7 +10,9 @@ from typing import Any
 import pytest
 
 from prefopt.benchmark.command import main
+from prefopt.benchmark.heads import missing_statistics
 from prefopt.benchmark.ways import HAS_LAYOUTS
+from prefopt.losses import names
 
 
 def run(folder: Path, *arguments: str) -> dict[str, Any]:
@@ -51,3 +53,45 @@ def test_both_trainers_have_the_same_losses(tmp_path):
     assert found["agree"] == "True" and found["largest difference"] < 1e-4
     losses = [row["prefopt"] for row in rows(body, "dropout off")]
     assert len(set(losses)) > 1  # the model moves
+
+
+def test_tdpo(tmp_path):
+    body = run(tmp_path, "tdpo")
+    heads = [row["head"] for row in rows(body, "M 16, H 8, V 64")]
+    assert {"dpo, prefopt", "tdpo2, dense"} <= set(heads)
+    if missing_statistics():
+        assert any("TDPO is left out" in note for note in body["notes"])
+        assert "tdpo2, prefopt" not in heads
+    else:
+        assert "tdpo2, prefopt" in heads
+    (steps,) = [table["rows"] for table in body["tables"] if table["title"].startswith("Step of the trainer")]
+    assert steps[0]["loss"] == "dpo" and steps[0]["times dpo"]["median"] == 1.0
+
+
+def test_losses(tmp_path):
+    body = run(tmp_path, "losses")
+    measured = {row["loss"] for row in rows(body, "float32")}
+    left_out = {note.split()[0] for note in body["notes"]}
+    assert measured | left_out == set(names())
+    assert {"dpo", "kto", "odpo", "sft"} <= measured
+
+
+def test_reference(tmp_path):
+    body = run(tmp_path, "reference")
+    (together,) = rows(body, "Together")
+    assert together["passes, a store each"] > together["passes, one store"] >= 1
+    first, second, *_ = rows(body, "seconds until training can begin")
+    assert first["scored"] == first["answers"] and first["found"] == 0
+    assert second["scored"] == 0 and second["found"] == second["answers"]
+
+
+def test_scaling(tmp_path):
+    body = run(tmp_path, "scaling", "--axes", "length", "batch")
+    assert [len(table["rows"]) for table in body["tables"]] == [2, 2]
+    assert rows(body, "by pairs of a step")[0]["pairs of a step"] == "2"
+
+
+def test_a_wrong_number_is_refused(capsys):
+    with pytest.raises(SystemExit):
+        main(["dpo", "--rounds", "0"])
+    assert "0 is not a number from 1 up" in capsys.readouterr().err
