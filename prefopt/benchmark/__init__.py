@@ -1,0 +1,1 @@
+"""Speed, measured: `scripts/benchmark.py`. Ratios of ways that take turns in one process; never a verdict of a test."""

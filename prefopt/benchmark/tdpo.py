@@ -1,0 +1,134 @@
+"""`benchmark tdpo`: losses over the whole vocabulary beside DPO: the head alone, and a step of the trainer."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from prefopt.benchmark import profiles
+from prefopt.benchmark.heads import (
+    HEAD_WAYS,
+    PRODUCTS,
+    HeadInputs,
+    HeadShape,
+    HeadWay,
+    missing_statistics,
+    one_head_step,
+)
+from prefopt.benchmark.memory import peak_of
+from prefopt.benchmark.output import Cell, Chart, Report, Table
+from prefopt.benchmark.runs import trained_in_turns
+from prefopt.benchmark.setting import Options, Shape, device, our_trainer, quiet, settings
+from prefopt.benchmark.timing import Spread, Times, clock_of, ratio, take_turns
+from prefopt.losses import names
+
+# One axis at a time, from the middle.
+SHAPES = (
+    *(HeadShape(256, 512, vocabulary) for vocabulary in (8192, 32768, 131072)),
+    *(HeadShape(256, width, 32768) for width in (256, 1024, 2048)),
+)
+QUICK_SHAPES = (HeadShape(16, 8, 64), HeadShape(16, 8, 256))
+_LOSSES = ("dpo", "tdpo1", "tdpo2")
+_MIB = 2**20
+
+
+def run(options: Options) -> Report:
+    """Time and peak memory of the head for each shape, then a step of the trainer for each loss."""
+    shapes = QUICK_SHAPES if options.quick else SHAPES
+    report = Report("tdpo", {**options.about(), "clock": clock_of(device()).unit})
+    refused = missing_statistics()
+    ways = tuple(way for way in HEAD_WAYS if not (refused and way.kind == "prefopt" and way.loss != "dpo"))
+    lines: dict[str, list[tuple[Any, Spread]]] = {way.name: [] for way in ways if way.kind != "floor"}
+    for shape in shapes:
+        times = _time(shape, ways, options)
+        report.tables.append(_costs(shape, times, ways))
+        for name, points in lines.items():
+            points.append((str(shape), ratio(times[name], times["dpo, prefopt"])))
+    few = (shapes[:1], ways[:1]) if options.quick else (shapes, ways)  # each takes a process
+    report.tables.append(_peaks(*few, options.threads))
+    if refused:
+        report.notes.append(f"TDPO is left out, because this installation refuses it: {refused}")
+    losses = [loss for loss in _LOSSES if loss in names()]
+    report.tables.append(_steps(losses, options))
+    if len(losses) < len(_LOSSES):
+        report.notes.append(f"Losses of this installation: {', '.join(names())}.")
+    report.chart = Chart("Head, forward and backward", "", "times DPO in prefopt", lines)
+    return report
+
+
+def _time(shape: HeadShape, ways: tuple[HeadWay, ...], options: Options) -> Times:
+    inputs = HeadInputs(shape)
+    steps = {way.name: partial(way.step, inputs) for way in ways}
+    return take_turns(steps, rounds=options.rounds, steps=1, clock=clock_of(device()))
+
+
+def _costs(shape: HeadShape, times: Times, ways: tuple[HeadWay, ...]) -> Table:
+    rows: list[dict[str, Cell]] = []
+    for way in ways:
+        if way.kind == "floor":
+            continue
+        own = times[way.name]
+        rows.append(
+            {
+                "head": way.name,
+                "ms": Spread.of([1000 * seconds for seconds in own]),
+                "times DPO": ratio(own, times["dpo, prefopt"]),
+                "products at least": PRODUCTS[way.loss] if way.kind == "prefopt" else None,
+                "times its floor": ratio(own, times[f"{way.loss}, floor"]) if way.kind == "prefopt" else None,
+            }
+        )
+    return Table(f"Head, forward and backward, {shape}", rows)
+
+
+def _peaks(shapes: tuple[HeadShape, ...], ways: tuple[HeadWay, ...], threads: int) -> Table:
+    """Each in a process of its own. The gradient of the head, `[V, H]`, is part of it and cannot be spared."""
+    rows: list[dict[str, Cell]] = []
+    for shape in shapes:
+        gradient = 4 * shape.vocabulary * shape.width / _MIB
+        row: dict[str, Cell] = {"shape": str(shape), "gradient of the head": gradient}
+        for way in ways:
+            if way.kind != "floor":
+                peak = peak_of(one_head_step, shape, way, threads=threads).added / _MIB
+                row[way.name] = max(0, round(peak - gradient))
+        rows.append(row)
+    return Table("Peak memory of the head beside its gradient, MiB", rows)
+
+
+def _steps(losses: list[str], options: Options) -> Table:
+    """Steps of the trainer on HH lengths, the reference cached for DPO and live for the others."""
+    profile = profiles.load("hh", options.data, options.seed)
+    lengths = profile.lengths[profiles.steps_of(profile, options)]
+    rows = profiles.token_rows(lengths.reshape(-1, 3), vocabulary=options.shape.vocabulary, seed=options.seed)
+    with quiet(), TemporaryDirectory() as folder:
+        trainers: dict[str, Any] = {
+            loss: our_trainer(rows, options.shape, settings(options, Path(folder) / loss), loss) for loss in losses
+        }
+        body = trainers["dpo"].model.num_parameters(exclude_embeddings=True) - _head_size(options.shape)
+        times = trained_in_turns(trainers, options)
+    read = int((lengths @ [2, 1, 1]).sum())
+    scored = int(lengths[..., 1:].sum())
+    flops = {loss: _flops(loss, body, read, scored, options.shape) for loss in losses}
+    return Table(
+        f"Step of the trainer, {profile.name} lengths, float32, {options.shape}",
+        [
+            {
+                "loss": loss,
+                "seconds": Spread.of([seconds / options.steps for seconds in times[loss]]),
+                "times dpo": ratio(times[loss], times["dpo"]),
+                "flops, times dpo": flops[loss] / flops["dpo"],
+            }
+            for loss in losses
+        ],
+    )
+
+
+def _head_size(shape: Shape) -> int:
+    return shape.vocabulary * shape.width
+
+
+def _flops(loss: str, body: int, read: int, scored: int, shape: Shape) -> float:
+    """Of matrix products with parameters: six a token and parameter of the body, two more with a live reference."""
+    live = loss != "dpo"
+    return (8 if live else 6) * body * read + PRODUCTS[loss] * 2 * scored * _head_size(shape)

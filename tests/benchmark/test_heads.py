@@ -1,0 +1,43 @@
+"""The ways to score a head agree on the loss, and the floor does as many products as it says."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from prefopt.benchmark.heads import (
+    _LOSSES,
+    PRODUCTS,
+    HeadInputs,
+    HeadShape,
+    _dense,
+    _ours,
+    missing_statistics,
+    multiply,
+)
+
+SHAPE = HeadShape(tokens=16, width=8, vocabulary=5000)
+
+
+@pytest.mark.parametrize("loss", _LOSSES)
+def test_ours_and_the_dense_form_have_the_same_loss_and_gradients(loss):
+    statistics = ("logp",) if loss == "dpo" else ("logp", "ref_logp", "forward_kl")
+    if loss != "dpo" and missing_statistics():
+        pytest.skip("the divergence is not computed by this version")
+    results = []
+    for score in (_ours, _dense):
+        inputs = HeadInputs(SHAPE)
+        value = _LOSSES[loss](score(inputs, *statistics))
+        results.append((value, *torch.autograd.grad(value, (inputs.hidden, inputs.head))))
+    for ours, dense in zip(*results, strict=True):
+        torch.testing.assert_close(ours, dense)
+
+
+@pytest.mark.parametrize("loss", PRODUCTS)
+def test_the_floor_does_as_many_products_as_it_says(loss):
+    inputs = HeadInputs(SHAPE)
+    with FlopCounterMode(display=False) as counter:
+        multiply(inputs, PRODUCTS[loss])
+    one = 2 * SHAPE.tokens * SHAPE.width * SHAPE.vocabulary
+    assert counter.get_total_flops() == PRODUCTS[loss] * one
