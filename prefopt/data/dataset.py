@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-from prefopt.data.answers import answer_id, sides_in
+from prefopt.data.answers import TARGET, answer_id, sides_in
 from prefopt.data.collation import Row, row_length
 from prefopt.errors import DataError
 
@@ -61,8 +61,9 @@ class TokenDataset:
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """Names of the numeric columns every row carries."""
-        return tuple(self.rows[0]["columns"])
+        """Names of the columns every row carries beside prompt, answers and label."""
+        target = (TARGET,) if f"{TARGET}_ids" in self.rows[0] else ()
+        return (*self.rows[0]["columns"], *target)
 
     def __len__(self) -> int:
         return len(self.rows)

@@ -29,6 +29,14 @@ CASES: dict[str, dict[str, Any]] = {
     "adapter_and_checkpointing": {"rows": 13, "batch": 4, "accumulation": 2, "epochs": 2, "adapter": True},
     "sft": {"rows": 13, "batch": 4, "accumulation": 1, "loss": "sft", "rate": 0.3},
     "step_estimate": {"rows": 9, "batch": 8, "accumulation": 1, "loss": CentredLoss()},
+    "targets": {
+        "rows": 9,
+        "batch": 8,
+        "accumulation": 1,
+        "loss": "slic",
+        "rate": 0.1,
+        "columns": {"target": " a bird"},
+    },
     "evaluation": {"rows": 4, "batch": 4, "accumulation": 1, "eval_rows": 7},
     "evaluation_before_training": {"rows": 9, "batch": 4, "accumulation": 1, "eval_rows": 3, "evaluate_first": True},
     "evaluation_of_one_row": {"rows": 4, "batch": 4, "accumulation": 1, "eval_rows": 1},
@@ -60,7 +68,7 @@ def run(case: dict[str, Any], folder: str, world: int) -> dict[str, Any]:
     adapter = case.get("adapter", False)
     trainer = make_trainer(
         folder,
-        text_pairs(case["rows"]),
+        text_pairs(case["rows"], **({"target": case["target"]} if "target" in case else {})),
         loss=case.get("loss", "dpo"),
         eval_rows=text_pairs(case["eval_rows"], seed=5) if "eval_rows" in case else None,
         peft_config=LoraConfig(**ADAPTER) if adapter else None,
