@@ -2,8 +2,7 @@
 
     python examples/kto_from_thumbs.py
 
-The log is what an assistant writes: one line an answer, with a thumb up, down or none. It takes seconds on a CPU and
-needs no network. `prefopt train configs/kto.yaml --data_files rows.jsonl` trains on the same rows from a recipe.
+The log is what an assistant writes: one line an answer, with a thumb up, down or none. It takes seconds on a CPU.
 """
 
 from __future__ import annotations
@@ -40,14 +39,13 @@ def main() -> None:
     """Train on the votes; good answers must rise and bad ones fall."""
     write_log()
     rows = list(labelled(LOG.read_text().splitlines()))
-    good = sum(bool(row["label"]) for row in rows)
     tokenizer = train_tokenizer((f"{row['prompt']}{row['completion']}" for row in rows), vocab_size=400)
     shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
     settings = {"learning_rate": 3e-3, "num_train_epochs": 6, "save_strategy": "no", "logging_steps": 4}
     trainer = PreferenceTrainer(
         build_model({"model_type": "llama", **shape}, tokenizer, seed=0),
         args=PreferenceConfig("runs/kto_from_thumbs", **settings),
-        loss=make("kto", undesirable_weight=good / (len(rows) - good)),  # both classes weigh the same
+        loss=make("kto", undesirable_weight=2.0),  # twice as many good answers as bad ones
         train_dataset=rows,
         processing_class=tokenizer,
     )
