@@ -230,7 +230,8 @@ def _length(recipe: Recipe, settings: dict[str, Any], examples: Sequence[Example
         return estimate, f"Lengths are estimates, {CHARACTERS_PER_TOKEN} characters to a token: no tokenizer is here."
     try:
         lengths = TokenSettings(**{name: settings[name] for name in LENGTH_SETTINGS})
-        report = tokenize_examples(sample, tokenizer, lengths).report
+        columns = (*recipe.objective().columns, *recipe.objective().optional_columns)
+        report = tokenize_examples(sample, tokenizer, lengths, optional_columns=columns).report
     except UserError as error:
         return estimate, f"The rows are refused: {error}"
     counts = report.tokens

@@ -33,7 +33,7 @@ class Predictions:
         count = len(batch["row"])
         for index, row in enumerate(batch["row"].tolist()):
             desirable = batch["paired"] or index < batch["desirable_size"]
-            self.lines.append((row, int(desirable), values[index::count]))
+            self.lines.append((row, int(desirable), values[index::count][:2]))  # a target is not shown
 
     def metrics(self, prefix: str) -> dict[str, float]:
         """Gather the rows of all ranks, call the user's function, and start anew; names without their `prefix`."""

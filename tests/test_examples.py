@@ -54,6 +54,14 @@ def test_lora_and_push(tmp_path):
     assert "library_name: peft" in (tmp_path / "runs/adapter/README.md").read_text()
 
 
+def test_kto_from_thumbs(tmp_path):
+    out = run("kto_from_thumbs.py", tmp_path)
+    good, bad = (float(re.findall(rf"rewards/{side} +(\S+)", out)[0]) for side in ("chosen", "rejected"))
+    assert good > 0.1 > -0.1 > bad
+    assert "10 good answers at weight 1, 5 bad ones at weight 2" in out
+    assert (tmp_path / "runs/kto_from_thumbs/model.safetensors").is_file()
+
+
 def test_examples_are_short_and_all_tested():
     tested = {name.removeprefix("test_") + ".py" for name in globals() if name.startswith("test_")}
     for path in EXAMPLES.glob("*.py"):

@@ -8,7 +8,10 @@ from typing import Any
 
 import numpy as np
 
-SIDES = ("chosen", "rejected", "completion", "mismatched")
+TARGET = "target"
+"""The column that holds an answer, beside the two of a pair."""
+
+SIDES = ("chosen", "rejected", "completion", "mismatched", TARGET)
 
 
 def sides_in(row: Mapping[str, Any]) -> Iterator[str]:

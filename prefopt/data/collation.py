@@ -1,8 +1,8 @@
 """Token rows -> a gather plan: the ids the backbone reads, and the flat list of positions that are scored.
 
 Letters: `B` rows, `C` completions, `R` backbone rows, `T` padded length, `M` scored tokens. Completions come chosen (or
-desirable) first, so each side of every view is a slice. Prompt and padding positions appear in no list: they never
-meet the vocabulary.
+desirable) first and targets last, so each side of every view is a slice. Prompt and padding positions appear in no
+list: they never meet the vocabulary.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from prefopt.data.answers import TARGET
 from prefopt.data.layout import Completion, lay_out
 
 Row = Mapping[str, Any]
@@ -30,18 +31,20 @@ class Collator:
     The batch holds what the backbone reads (see `lay_out`; `shared` says whether answers share the row of their
     prompt), `source` `[M]` (index into the flattened `R*T` hidden states that predicts the token), `target` `[M]`,
     `sequence` `[M]` (completion), `columns` (`{name: [B]}`), `row` `[B]` (position in the source), and the numbers
-    `paired`, `size`, `desirable_size`, `desirable_tokens` and `tokens` (of all completions, each with its prompt).
+    `paired`, `size`, `desirable_size`, `desirable_tokens`, `target_size`, `target_tokens` and `tokens` (of all
+    completions, each with its prompt).
     `reading` is `{name: (sum, count)}` of what the layout makes of these: `padding`, the share of positions that hold
     no token, and `unique_tokens`, those a row of the data brings, with what is shared counted once. Rows that carry
     their reference scores add `ref_logp` `[M]`, and those that know where more of it is stored `reference` `[M, D]`;
     with `mismatched` a batch of the same rows, each prompt before the answer it was matched with, lies beside under
     that name. Unpaired rows are put in the order of their completions. With `all_completions=False` only chosen
-    (desirable) ones are laid out.
+    (desirable) ones are laid out; with `targets` the targets of pairs as well.
     """
 
     pad_token_id: int = 0
     paired: bool = True
     all_completions: bool = True
+    targets: bool = False
     mismatched: bool = False
     columns: tuple[str, ...] = ()
     pad_to_multiple_of: int = 1
@@ -50,7 +53,8 @@ class Collator:
     def __call__(self, rows: Sequence[Row]) -> Batch:
         rows = sorted(rows, key=lambda row: not row.get("desirable", True))
         desirable, other = self._sides(rows)
-        completions = desirable + other
+        targets = [_completion(row, TARGET) for row in rows] if self.targets else []
+        completions = desirable + other + targets
         batch = self._lay_out(completions, len(rows))
         lengths = [int(completion.scored.sum()) for completion in completions]
         batch["sequence"] = torch.from_numpy(np.repeat(np.arange(len(completions)), lengths))
@@ -65,6 +69,8 @@ class Collator:
         batch["size"] = len(completions)
         batch["desirable_size"] = len(desirable)
         batch["desirable_tokens"] = sum(lengths[: len(desirable)])
+        batch["target_size"] = len(targets)
+        batch["target_tokens"] = sum(lengths[len(lengths) - len(targets) :])
         batch["tokens"] = sum(len(c.prompt) + len(c.ids) for c in completions)
         if self.mismatched:
             batch["mismatched"] = replace(self, mismatched=False)([_mismatched(row) for row in rows])
@@ -104,7 +110,7 @@ def row_width(row: Row, *, shared: bool, rejected: bool = True) -> int:
 
 
 def _answer_lengths(row: Row, rejected: bool) -> list[int]:
-    wanted = ("chosen_ids", "completion_ids", *(("rejected_ids",) if rejected else ()))
+    wanted = ("chosen_ids", "completion_ids", *(("rejected_ids", f"{TARGET}_ids") if rejected else ()))
     return [len(row[name]) for name in wanted if name in row]
 
 

@@ -8,8 +8,9 @@ from collections.abc import Callable, Iterable, Sequence
 from numbers import Real
 from typing import Any
 
+from prefopt.data.answers import TARGET
 from prefopt.data.formats import Example, Part
-from prefopt.data.messages import check_messages, check_not_empty, check_text, contents
+from prefopt.data.messages import check_answer, check_messages, check_not_empty, check_text, contents
 from prefopt.data.problems import Flaw, Problem, kind_of, shown
 from prefopt.errors import nearest
 
@@ -68,15 +69,22 @@ def _check_between(low: float, high: float) -> Callable[[Example, str, Any], Non
 
 
 def _check_target(example: Example, name: str, value: Any) -> None:
-    """A target is an answer like `chosen`, of the row's own kind."""
-    if isinstance(value, str) and example.kind == "text":
-        check_text(name, value)
-        check_not_empty(name, value)
-    elif isinstance(value, list) and example.kind == "chat":
-        check_messages(name, value)
-    else:
-        kind = {"text": "text", "chat": "messages"}[example.kind]
-        raise Flaw("wrong_type", f"the value is {kind_of(value)}; the row's answers are {kind}", name)
+    target_of(example)
+
+
+def target_of(example: Example) -> Part:
+    """The target of a row, an answer to its prompt like `chosen` and of the same kind. Raises `Flaw` for others."""
+    value = example.columns[TARGET]
+    if isinstance(value, str) and isinstance(example.prompt, str):
+        check_text(TARGET, value)
+        check_not_empty(TARGET, value)
+        return value
+    if isinstance(value, list) and isinstance(example.prompt, list):
+        messages = check_messages(TARGET, value)
+        check_answer(TARGET, messages, example.prompt)
+        return messages
+    kind = {"text": "text", "chat": "messages"}[example.kind]
+    raise Flaw("wrong_type", f"the value is {kind_of(value)}; the row's answers are {kind}", TARGET)
 
 
 def _check_segments(example: Example, name: str, value: Any) -> None:
@@ -101,7 +109,7 @@ def _assistant_turns(part: Part | None) -> int:
 COLUMN_CHECKS: dict[str, Callable[[Example, str, Any], None]] = {
     "preference": _check_between(0.0, 1.0),
     "weight": _check_between(0.0, math.inf),
-    "target": _check_target,
+    TARGET: _check_target,
     "segments": _check_segments,
 }
 

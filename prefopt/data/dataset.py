@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from prefopt.data.answers import answer_id, sides_in
+from prefopt.data.answers import TARGET, answer_id, sides_in
 from prefopt.data.collation import Row, row_length, row_width
 from prefopt.errors import DataError
 
@@ -68,8 +68,9 @@ class TokenDataset:
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """Names of the numeric columns every row carries."""
-        return tuple(self.rows[0]["columns"])
+        """Names of the columns every row carries beside prompt, answers and label."""
+        target = (TARGET,) if f"{TARGET}_ids" in self.rows[0] else ()
+        return (*self.rows[0]["columns"], *target)
 
     def __len__(self) -> int:
         return len(self.rows)

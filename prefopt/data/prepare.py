@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
+from prefopt.data.answers import TARGET
 from prefopt.data.collation import Collator
 from prefopt.data.dataset import TokenDataset
 from prefopt.data.formats import Example
@@ -95,7 +96,8 @@ class Preparation:
             paired=sample.paired,
             all_completions=needs.all_completions,
             mismatched=self.mismatched,
-            columns=sample.columns,
+            columns=tuple(name for name in sample.columns if name != TARGET),
+            targets=TARGET in sample.columns and TARGET in (*needs.columns, *needs.optional_columns),
             pad_to_multiple_of=self.args.pad_to_multiple_of or 1,
         )
 

@@ -20,7 +20,7 @@ from prefopt.data.problems import ADVICE, Flaw, Problem, RawRow, Rows, Where, ki
 from prefopt.errors import DataError, nearest
 
 ARROW_BATCH = 512
-TEXT_COLUMNS = ("prompt", "chosen", "rejected", "completion")
+TEXT_COLUMNS = ("prompt", "chosen", "rejected", "completion", "target")
 
 _JSON_NUMBER = re.compile(r"-?(0|[1-9]\d*)(\.\d+)?([eE][+-]?\d+)?")
 _WORDS = {"": None, "true": True, "false": False, "nan": math.nan, "inf": math.inf, "-inf": -math.inf}

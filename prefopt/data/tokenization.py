@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from tqdm.auto import tqdm
 
-from prefopt.data.columns import check_columns
+from prefopt.data.answers import TARGET
+from prefopt.data.columns import check_columns, target_of
 from prefopt.data.templates import (
     ChatRenderer,
     Piece,
@@ -72,7 +73,8 @@ class TokenizedData(NamedTuple):
     """Token rows and the account of how they came about.
 
     A row is a dict of `example_id`, `row`, `prompt_ids`, then `chosen_ids`, `rejected_ids`, `chosen_scored`,
-    `rejected_scored` (a pair) or `completion_ids`, `completion_scored`, `desirable`, and `columns` (name -> float).
+    `rejected_scored` (a pair; with a target also `target_ids`, `target_scored`) or `completion_ids`,
+    `completion_scored`, `desirable`, and `columns` (name -> float).
     Ids are int32 arrays and flags bool arrays, which hold a long data set in a tenth of the memory of lists.
     """
 
@@ -87,7 +89,7 @@ def tokenize_examples(
     columns: tuple[str, ...] = (),
     optional_columns: tuple[str, ...] = (),
 ) -> TokenizedData:
-    """Token rows of `examples`, in their order, with the numeric `columns` the loss declares.
+    """Token rows of `examples`, in their order, with the `columns` the loss declares: numbers, and `target`.
 
     An optional column is carried along if every example has it and left out if none has.
 
@@ -174,7 +176,8 @@ class _RowMaker:
         report: TokenReport,
     ) -> None:
         self._settings = settings
-        self._columns = columns
+        self._columns = tuple(name for name in columns if name != TARGET)
+        self._targets = TARGET in columns
         self._report = report
         self._encoder = TextEncoder(tokenizer)
         self._renderer = ChatRenderer(tokenizer, settings.chat_template_kwargs)
@@ -190,22 +193,29 @@ class _RowMaker:
         rows = (self._row(example, drafts[id(example)]) for example in examples)
         return [row for row in rows if row is not None]
 
+    def _answers(self, example: Example) -> dict[str, Any]:
+        """The answers of an example by column name."""
+        if not example.paired:
+            return {"completion": example.completion}
+        pair = {"chosen": example.chosen, "rejected": example.rejected}
+        return {**pair, TARGET: target_of(example)} if self._targets else pair
+
     # Examples to drafts
 
     def _text_drafts(self, examples: Sequence[Example]) -> dict[int, _Draft]:
         prompts = self._encoder.many(str(example.prompt) for example in examples)
-        texts = self._encoder.continuations(text for example in examples for text in _answers(example).values())
+        texts = self._encoder.continuations(text for example in examples for text in self._answers(example).values())
         drafts = {}
         for example in examples:
             prompt = [*self._encoder.prefix, *prompts[str(example.prompt)]]
             if not prompt and self._bos is not None:
                 prompt = [self._bos]
-            answers = [self._ended(example, texts[text]) for text in _answers(example).values()]
+            answers = [self._ended(example, texts[text]) for text in self._answers(example).values()]
             drafts[id(example)] = _Draft(prompt, [(ids, [True] * len(ids)) for ids in answers], [])
         return drafts
 
     def _chat_drafts(self, examples: Sequence[Example]) -> dict[int, _Draft]:
-        rendered = {id(example): self._renderer.row(example, _answers(example)) for example in examples}
+        rendered = {id(example): self._renderer.row(example, self._answers(example)) for example in examples}
         ids = self._encoder.many(text for row in rendered.values() for text in border_texts(row))
         return {id(example): self._chat_draft(example, rendered[id(example)], ids) for example in examples}
 
@@ -271,7 +281,7 @@ class _RowMaker:
             "row": example.where.row,
             "prompt_ids": fitted.prompt,
         }
-        for part, answer in zip(_answers(example), fitted.answers, strict=True):
+        for part, answer in zip(self._answers(example), fitted.answers, strict=True):
             row[f"{part}_ids"], row[f"{part}_scored"] = answer
         if example.desirable is not None:
             row["desirable"] = example.desirable
@@ -316,18 +326,12 @@ def _declared_columns(
     return (*required, *(name for name in optional if examples[0].columns.get(name) is not None))
 
 
-def _answers(example: Example) -> dict[str, Any]:
-    """The answers of an example by column name."""
-    if example.paired:
-        return {"chosen": example.chosen, "rejected": example.rejected}
-    return {"completion": example.completion}
-
-
 def _cuts(fitted: Fitted) -> list[str]:
     """What the length limit did to a row that is kept."""
     notes = ["prompt_cut"] if fitted.prompt_cut else []
     if any(fitted.cut):
         notes.append("eos_cut")
-    if any(fitted.cut) and not all(fitted.cut):
+    pair = fitted.cut[:2]
+    if any(pair) and not all(pair):
         notes.append("eos_cut_one_sided")
     return notes

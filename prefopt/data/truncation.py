@@ -55,7 +55,7 @@ class LengthPolicy:
             `min_prompt_tokens`. `drop` leaves every over-long row out.
         cut_answers: what to do when an answer must be cut and so loses its end marker. `keep` keeps the row;
             `drop` leaves it out; `same_length` cuts both answers of the pair to one length at which neither keeps its
-            end marker (single completions are kept).
+            end marker (single completions, and a pair whose target alone is cut, are kept).
         min_prompt_tokens: fewest prompt tokens `keep_end` leaves, BOS included.
     """
 
@@ -102,7 +102,7 @@ def check_choice(name: str, value: str, allowed: Sequence[str]) -> None:
 
 
 def fit(prompt: Ids, answers: tuple[Answer, ...], policy: LengthPolicy, *, bos_token_id: int | None = None) -> Fitted:
-    """One row (one prompt, one or two answers) made to keep within `policy.max_length`.
+    """One row (a prompt and an answer, or the two of a pair and their target) made to keep within `policy.max_length`.
 
     A row that would hold an answer without a scored token, or two equal answers, is never returned as usable: its
     reason says what became of it.
@@ -131,10 +131,12 @@ def _shorten(row: Fitted, longest: int, policy: LengthPolicy, bos_token_id: int 
     cut = tuple(len(answer.ids) > room for answer in row.answers)
     if any(cut) and policy.cut_answers == "drop":
         return replace(row, cut=cut, reason=ANSWER_CUT)
-    if any(cut) and policy.cut_answers == "same_length" and len(cut) > 1:
-        room = min(room, *(len(answer.ids) - 1 for answer in row.answers))
-        cut = (True,) * len(cut)
-    return replace(row, cut=cut, answers=tuple(answer.cut(room) for answer in row.answers))
+    lengths = [room] * len(cut)
+    if any(cut[:2]) and policy.cut_answers == "same_length" and len(cut) > 1:
+        lengths[:2] = [min(room, *(len(answer.ids) - 1 for answer in row.answers[:2]))] * 2
+        cut = (True, True, *cut[2:])
+    answers = tuple(answer.cut(length) for answer, length in zip(row.answers, lengths, strict=True))
+    return replace(row, cut=cut, answers=answers)
 
 
 def _cut_left(prompt: Ids, room: int, bos_token_id: int | None) -> Ids:
@@ -186,7 +188,7 @@ class TokenReport:
     def measure(self, rows: Sequence[dict[str, Any]]) -> None:
         """Fills in `kept`, `tokens` and `lengths` from the rows that were kept (at least one)."""
         self.kept = len(rows)
-        sides = [name for name in ("chosen", "rejected", "completion") if f"{name}_ids" in rows[0]]
+        sides = [name for name in ("chosen", "rejected", "completion", "target") if f"{name}_ids" in rows[0]]
         parts = {name: np.array([len(row[f"{name}_ids"]) for row in rows]) for name in ("prompt", *sides)}
         answers = sum(parts[side] for side in sides)
         self.tokens = {name: int(lengths.sum()) for name, lengths in parts.items()}

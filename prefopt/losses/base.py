@@ -21,6 +21,9 @@ Side = Literal["all", "desirable"]
 Reference = Literal["none", "logp", "distribution"]
 Unit = Literal["pair", "completion", "token"]
 
+TARGET = "target"
+"""The column that holds an answer."""
+
 _EXTRA_STATISTICS = tuple(name for name in STATISTICS if name not in ("logp", "ref_logp"))
 _OF_TWO_DISTRIBUTIONS = ("forward_kl", "reverse_kl")
 
@@ -33,7 +36,8 @@ class Needs:
     the rest out of the forward. `reference`: "logp" gives `ref_logp`, "distribution" also allows the two KLs.
     `statistics`: per-token numbers beyond `logp` and `ref_logp`. `mismatched`: `estimates` is asked about prompts with
     answers to other prompts, not about the rows themselves. `columns`: numbers the data must have for each row;
-    `optional_columns`: those the loss uses where the data has them.
+    `optional_columns`: those the loss uses where the data has them. The column `target` is no number but a third
+    answer to the prompt of a pair, which is scored like the two.
     """
 
     view: View = "pairs"
@@ -58,6 +62,8 @@ class Needs:
             raise UserError("needs.completions: a pairs view reads both sides; 'desirable' is for a completions view")
         if self.mismatched and (self.view, self.completions) != ("completions", "all"):
             raise UserError("needs.mismatched: a mismatched answer has no other side; say view='completions'")
+        if self.view != "pairs" and TARGET in self.columns + self.optional_columns:
+            raise UserError("needs: `target` is an answer beside the two of a pair; say view='pairs'")
         if twice := set(self.columns) & set(self.optional_columns):
             raise UserError(f"needs: {sorted(twice)} are both required and optional columns")
 

@@ -17,19 +17,32 @@ from prefopt.scoring.scores import TokenScores
 
 
 class Sides(NamedTuple):
-    """What is known of a micro-batch before it is scored: completions and scored tokens, and the desirable of each."""
+    """What is known of a micro-batch before it is scored: completions and scored tokens, and the desirable of each.
+
+    Targets are counted apart: they are the last completions, after the `size` others.
+    """
 
     paired: bool
     size: int
     tokens: int
     desirable_size: int
     desirable_tokens: int
+    target_size: int = 0
+    target_tokens: int = 0
 
 
 def sides_of(batch: Mapping[str, Any]) -> Sides:
     """The `Sides` of a collated batch."""
-    tokens = len(batch["sequence"])
-    return Sides(batch["paired"], batch["size"], tokens, batch["desirable_size"], batch["desirable_tokens"])
+    targets, target_tokens = batch["target_size"], batch["target_tokens"]
+    return Sides(
+        paired=batch["paired"],
+        size=batch["size"] - targets,
+        tokens=len(batch["sequence"]) - target_tokens,
+        desirable_size=batch["desirable_size"],
+        desirable_tokens=batch["desirable_tokens"],
+        target_size=targets,
+        target_tokens=target_tokens,
+    )
 
 
 class Objective:
@@ -159,6 +172,8 @@ def _view(
         paired=sides.paired,
         desirable_size=sides.desirable_size,
         desirable_tokens=sides.desirable_tokens,
+        target_size=sides.target_size,
+        target_tokens=sides.target_tokens,
         columns=columns,
         estimates=estimates,
         name=loss.name,

@@ -22,7 +22,8 @@ class SLiC(Loss):
 
     Formula:
         lp(y) = log pi(y|x), summed over tokens
-        loss = max(0, delta - lp(chosen) + lp(rejected)) - target_weight lp(target); the target is the chosen answer
+        loss = max(0, delta - lp(chosen) + lp(rejected)) - target_weight lp(target)
+        the target is the column `target`, an answer to the row's prompt, or the chosen answer where there is none
 
     Derivation:
         A hinge calibrates the order of likelihoods. Alone it may lower both, so the cross-entropy of a target stands in
@@ -33,18 +34,19 @@ class SLiC(Loss):
 
     Errata and departures:
         The paper's target is the supervised data's answer or the best of several samples; on preference data everyone
-        takes the chosen answer, and so does this. Summed, 0.1 is a strong weight on 200 tokens; per token 0.5 to 1 is
-        usual. The target keeps pushing once the margin is met. TRL's `hinge` is another loss (hinge).
+        takes the chosen answer. Summed, 0.1 is a strong weight on 200 tokens; per token 0.5 to 1 is usual. The target
+        keeps pushing once the margin is met. TRL's `hinge` is another loss (hinge).
     """
 
     delta: float = knob(1.0, at_least=0, help="margin between the log-likelihoods, nats", published="1 (paper)")
     target_weight: float = knob(0.1, at_least=0, help="weight of the target's likelihood", published="0.1 (HALOs)")
     target_length: str = knob("sum", choices=("sum", "mean"), help="the target's log-likelihood, or that per token")
-    needs = Needs(view="pairs")
+    needs = Needs(view="pairs", optional_columns=("target",))
 
     def __call__(self, view: Pairs) -> LossOutput:
         chosen, rejected = view.chosen.total("logp"), view.rejected.total("logp")
-        target = chosen if self.target_length == "sum" else view.chosen.mean("logp")
+        aim = view.chosen if view.target is None else view.target
+        target = aim.total("logp") if self.target_length == "sum" else aim.mean("logp")
         loss = F.relu(self.delta - (chosen - rejected)) - self.target_weight * target
         met = (chosen - rejected >= self.delta).to(loss)
         metrics = {**pair_metrics(view, chosen, rejected), "margin_met": met, "target_nll": -target}

@@ -1,34 +1,38 @@
 """Views: the scores of a micro-batch as a loss wants to see them, with what it declared and nothing else.
 
 Completions come desirable first. On paired data `[0:B]` are the chosen answers and `[B:2B]` the rejected ones, row by
-row, and a column holds one number for each pair. On unpaired data a column holds one number for each completion.
+row, and a column holds one number for each pair; where the rows have a target, `[2B:3B]` are the targets. On unpaired
+data a column holds one number for each completion.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from prefopt.errors import DataError
-from prefopt.losses.base import Needs
+from prefopt.losses.base import TARGET, Needs
 from prefopt.scoring.scores import TokenScores
+
+Value = TypeVar("Value")
 
 
 class UndeclaredColumn(LookupError):
     """A loss read a column that its `needs` do not declare, so no data was ever checked for it."""
 
 
-class Columns(Mapping[str, Tensor]):
+class Columns(Mapping[str, Value]):
     """Columns by name. An absent optional column is a `KeyError`, so `get` gives None; an undeclared one raises."""
 
-    def __init__(self, values: Mapping[str, Tensor], declared: Collection[str]) -> None:
+    def __init__(self, values: Mapping[str, Value], declared: Collection[str]) -> None:
         self._values = values
         self._declared = frozenset(declared)
 
-    def __getitem__(self, name: str) -> Tensor:
+    def __getitem__(self, name: str) -> Value:
         if name not in self._declared:
             raise UndeclaredColumn(f"column `{name}` was read but not declared: add it to the loss's `needs`")
         return self._values[name]
@@ -42,16 +46,28 @@ class Columns(Mapping[str, Tensor]):
 
 @dataclass(frozen=True, eq=False)
 class Pairs:
-    """`B` pairs: `chosen` and `rejected` hold `B` completions each, in the same order; columns are `[B]`."""
+    """`B` pairs: `chosen` and `rejected` hold `B` completions each, in the same order; columns are `[B]`.
+
+    `answers` are columns that hold answers, `B` completions each; there is one such column, `target`.
+    """
 
     chosen: TokenScores
     rejected: TokenScores
     columns: Mapping[str, Tensor] = field(default_factory=dict)
     estimates: Mapping[str, Tensor | float] = field(default_factory=dict)
+    answers: Mapping[str, TokenScores] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.chosen.size != self.rejected.size:
             raise ValueError(f"{self.chosen.size} chosen completions against {self.rejected.size} rejected ones")
+        for name, scores in self.answers.items():
+            if scores.size != self.chosen.size:
+                raise ValueError(f"{scores.size} completions in `{name}` for {self.chosen.size} pairs")
+
+    @property
+    def target(self) -> TokenScores | None:
+        """Scores of the rows' targets; None where the data has no such column, `UndeclaredColumn` as for any."""
+        return self.answers.get(TARGET)
 
     def units(self, unit: str) -> int:
         """How many values a loss of this unit gives for this view."""
@@ -98,6 +114,8 @@ def build_view(
     paired: bool,
     desirable_size: int,
     desirable_tokens: int,
+    target_size: int = 0,
+    target_tokens: int = 0,
     columns: Mapping[str, Tensor],
     estimates: Mapping[str, Tensor | float] | None = None,
     name: str = "this loss",
@@ -105,11 +123,15 @@ def build_view(
     """The view that `needs` asks for.
 
     The first `desirable_size` completions of `scores`, which own the first `desirable_tokens` tokens, are the chosen or
-    desirable ones. `columns` are per row. No gradient reaches the reference or the columns. `DataError` when the data
-    cannot feed the loss, `ValueError` when the pieces do not fit each other.
+    desirable ones, the last `target_size` the targets. `columns` are per row. No gradient reaches the reference or the
+    columns. `DataError` when the data cannot feed the loss, `ValueError` when the pieces do not fit each other.
     """
-    check_rows(needs, paired=paired, columns=columns, name=name)
     declared = _declared(needs, scores)
+    size, tokens = scores.size - target_size, scores.sequence.shape[0] - target_tokens
+    answers = {}
+    if target_size:
+        answers[TARGET] = declared.slice(slice(size, scores.size), slice(tokens, tokens + target_tokens))
+    check_rows(needs, paired=paired, columns={*columns, *answers}, name=name)
     desirable = declared.slice(slice(0, desirable_size), slice(0, desirable_tokens))
     wanted = needs.columns + needs.optional_columns
     laid_out = {
@@ -119,10 +141,11 @@ def build_view(
     }
     given = dict(estimates or {})
     if needs.view == "pairs":
-        rest = slice(desirable_size, scores.size), slice(desirable_tokens, scores.sequence.shape[0])
+        rejected = declared.slice(slice(desirable_size, size), slice(desirable_tokens, tokens))
         _check_lengths(laid_out, desirable_size)
-        return Pairs(desirable, declared.slice(*rest), Columns(laid_out, wanted), given)
-    held = desirable if needs.completions == "desirable" else declared
+        third = Columns({name: answers[name] for name in answers if name in wanted}, wanted)
+        return Pairs(desirable, rejected, Columns(laid_out, wanted), given, third)
+    held = desirable if needs.completions == "desirable" else declared.slice(slice(0, size), slice(0, tokens))
     _check_lengths(laid_out, held.size)
     flags = torch.arange(held.size, device=scores.sequence.device) < desirable_size
     return Completions(held, flags, Columns(laid_out, wanted), given)

@@ -38,6 +38,7 @@ _FOLDERS = {
     "configs": "recipes, shipped with the package",
     "scripts": "entry points and tools of a checkout; no logic",
     "examples": "short plain scripts, each run by the tests",
+    "examples/claims": "what papers claim, in miniature: a table over seeds, and whether it was seen",
 }
 
 

@@ -55,6 +55,27 @@ def test_targets_are_the_scored_tokens_and_sources_come_just_before():
     assert batch["attention_mask"].flatten()[batch["source"] + 1].all()
 
 
+def with_target(seed: int) -> dict:
+    row, other = pair(seed, seed), pair(seed + 50)
+    return {**row, "target_ids": other["rejected_ids"], "target_scored": other["rejected_scored"]}
+
+
+def test_targets_come_last_and_only_where_they_are_read():
+    rows = [with_target(seed) for seed in range(4)]
+    plain, batch = Collator()(rows), Collator(targets=True)(rows)
+    assert (plain["size"], plain["target_size"], plain["target_tokens"]) == (8, 0, 0)
+    assert (batch["size"], batch["target_size"]) == (12, 4)
+    scored = [row["target_ids"][row["target_scored"]].tolist() for row in rows]
+    assert batch["target_tokens"] == sum(map(len, scored))
+    tokens = len(batch["target"]) - batch["target_tokens"]
+    assert batch["target"][:tokens].tolist() == plain["target"].tolist()
+    assert batch["target"][tokens:].tolist() == [token for tokens in scored for token in tokens]
+    assert batch["sequence"][tokens:].tolist() == [8 + row for row in range(4) for _ in scored[row]]
+    assert torch.equal(batch["input_ids"].flatten()[batch["source"] + 1], batch["target"])
+    assert batch["tokens"] == sum(row_length(row) for row in rows) == batch["attention_mask"].sum()
+    assert Collator(targets=True)([])["target_size"] == 0
+
+
 def test_sides_are_slices():
     rows = [pair(seed) for seed in range(4)]
     batch = Collator()(rows)

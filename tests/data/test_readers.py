@@ -128,6 +128,12 @@ def test_cut_off_parquet_file_is_refused(tmp_path: Path) -> None:
         load_examples(DataSpec(data_files=str(path)))
 
 
+def test_a_target_in_csv_is_text_although_it_looks_like_a_number(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("prompt,chosen,rejected,target,weight\nq,4,5,42,2\n")
+    loaded = load_examples(DataSpec(data_files=str(tmp_path / "a.csv")), optional_columns=("target", "weight"))
+    assert loaded.examples[0].columns == {"target": "42", "weight": 2}
+
+
 @pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.csv"])
 @pytest.mark.parametrize("content", ["", "\n\n"])
 def test_empty_file_is_refused(name: str, content: str, tmp_path: Path) -> None:

@@ -228,6 +228,52 @@ def test_columns_become_floats_and_optional_ones_are_all_or_nothing():
         tokenize(rows, tokenizer, columns=("offset",))
 
 
+def test_a_target_is_an_answer_like_chosen():
+    """Of text and of conversations; a target that is the chosen answer has its ids, and no column of numbers."""
+    tokenizer = make_tokenizer()
+    chats = [chat_pair(f"say {word}", f"the {word}", f"a {word}") for word in WORDS[:5]]
+    for rows in (text_pairs(5), chats):
+        same = tokenize(
+            [{**row, "target": row["chosen"]} for row in rows], tokenizer, optional_columns=("target",)
+        ).rows
+        for row in same:
+            assert row["target_ids"].tolist() == row["chosen_ids"].tolist()
+            assert row["target_scored"].tolist() == row["chosen_scored"].tolist()
+            assert row["columns"] == {}
+        other = tokenize([{**row, "target": row["rejected"]} for row in rows], tokenizer, columns=("target",))
+        assert [row["target_ids"].tolist() for row in other.rows] == [
+            row["rejected_ids"].tolist() for row in other.rows
+        ]
+        parts = other.report.tokens
+        assert parts["target"] == parts["rejected"]
+        assert parts["plain"] == 3 * parts["prompt"] + parts["chosen"] + 2 * parts["rejected"]
+    settings = TokenSettings(max_length=12, max_dropped=1.0)
+    long = [{"prompt": "the cat", "chosen": " a mat", "rejected": " a wall", "target": " and" * 20}]
+    assert set(tokenize(long, tokenizer, settings, columns=("target",)).report.noted) == {"eos_cut"}
+    unread = tokenize([{**row, "target": row["chosen"]} for row in text_pairs(3)], tokenizer)
+    assert "target_ids" not in unread.rows[0]
+
+
+@pytest.mark.parametrize(
+    ("target", "told"),
+    [
+        ([{"role": "user", "content": "say it"}, {"role": "assistant", "content": "b"}], "it repeats the prompt"),
+        ([{"role": "assistant", "content": " "}], "nothing but blanks"),
+        ("text", "the value is text; the row's answers are messages"),
+    ],
+)
+def test_a_target_keeps_the_rules_of_an_answer(target, told):
+    row = chat_pair("say it", "a", "b", target=target)
+    with pytest.raises(DataError, match=told):
+        tokenize([row], make_tokenizer(), optional_columns=("target",))
+
+
+def test_a_target_in_some_rows_only_is_refused():
+    rows = text_pairs(3)
+    with pytest.raises(DataError, match=r"rows\.jsonl:2.*`?target`?.*missing here"):
+        tokenize([{**rows[0], "target": " a"}, *rows[1:]], make_tokenizer(), optional_columns=("target",))
+
+
 def test_pairs_identical_after_tokenising_are_counted_and_left_out():
     same = {"prompt": "the", "chosen": " cat", "rejected": " cat</s>"}
     rows = text_pairs(10)

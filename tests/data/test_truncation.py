@@ -84,6 +84,19 @@ def test_answers_that_lose_their_end_marker():
     assert ids(run(prompt, answers[:1], max_length=8, cut_answers="same_length"))[1] == [[10, 11, 12, 13]]
 
 
+def test_a_long_target_is_cut_by_itself():
+    """Only the two answers that are compared must not differ in their ends."""
+    pair = [answer(1, 2, EOS), answer(3, EOS)]
+    found = run([7, 7], [*pair, answer(4, 5, 6, 8, EOS)], max_length=5, cut_answers="same_length")
+    assert ids(found) == ([7, 7], [[1, 2, EOS], [3, EOS], [4, 5, 6]])
+    assert found.cut == (False, False, True)
+    long = [answer(1, 2, 4, EOS), answer(3, EOS)]
+    found = run([7, 7], [*long, answer(4, 5, EOS)], max_length=5, cut_answers="same_length")
+    assert ids(found) == ([7, 7], [[1], [3], [4, 5, EOS]])
+    assert found.cut == (True, True, False)
+    assert run([7, 7], [*pair, answer(4, 5, 6, 8)], max_length=5, cut_answers="drop").reason == ANSWER_CUT
+
+
 @pytest.mark.parametrize("length", [8, 9, 20])
 def test_a_prompt_that_fills_the_limit_has_no_room_for_an_answer(length):
     fitted = run(list(range(length)), [answer(50, EOS), answer(60, EOS)], max_length=8)

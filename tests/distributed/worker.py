@@ -32,6 +32,14 @@ CASES: dict[str, dict[str, Any]] = {
     "whole_distributions": {"rows": 9, "batch": 8, "accumulation": 1, "epochs": 2, "loss": "tdpo2", "eval_rows": 3},
     "whole_distributions_and_adapter": {"rows": 13, "batch": 4, "accumulation": 2, "loss": "tdpo1", "adapter": True},
     "step_estimate": {"rows": 9, "batch": 8, "accumulation": 1, "loss": CentredLoss()},
+    "targets": {
+        "rows": 9,
+        "batch": 8,
+        "accumulation": 1,
+        "loss": "slic",
+        "rate": 0.1,
+        "columns": {"target": " a bird"},
+    },
     "evaluation": {"rows": 4, "batch": 4, "accumulation": 1, "eval_rows": 7},
     "evaluation_before_training": {"rows": 9, "batch": 4, "accumulation": 1, "eval_rows": 3, "evaluate_first": True},
     "evaluation_of_one_row": {"rows": 4, "batch": 4, "accumulation": 1, "eval_rows": 1},
@@ -63,7 +71,7 @@ def run(case: dict[str, Any], folder: str, world: int) -> dict[str, Any]:
     adapter = case.get("adapter", False)
     trainer = make_trainer(
         folder,
-        text_pairs(case["rows"]),
+        text_pairs(case["rows"], **({"target": case["target"]} if "target" in case else {})),
         loss=case.get("loss", "dpo"),
         eval_rows=text_pairs(case["eval_rows"], seed=5) if "eval_rows" in case else None,
         peft_config=LoraConfig(**ADAPTER) if adapter else None,

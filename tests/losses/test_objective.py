@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from prefopt.errors import DataError, RecipeError
-from prefopt.losses import Loss, LossOutput, Needs, Objective, make, sides_of
+from prefopt.losses import Loss, LossOutput, Needs, Objective, Sides, make, sides_of
 from tests.losses.views import Micro, random_micro, take_rows
 
 
@@ -19,7 +19,7 @@ class Shifted(Loss):
 
     scale: float = 1.0
     name = "shifted"
-    needs = Needs(view="completions", reference="distribution", statistics=("forward_kl",), columns=("target",))
+    needs = Needs(view="completions", reference="distribution", statistics=("forward_kl",), columns=("aim",))
     unit = "completion"
 
     def __call__(self, view):
@@ -126,7 +126,7 @@ def test_of_two_metrics_with_one_name_the_first_terms_is_kept():
 @pytest.mark.parametrize("objective", MIXTURES, ids=lambda one: "+".join(one.labels))
 @pytest.mark.parametrize("split", [[[0, 1, 2, 3]], [[0], [1, 2, 3]], [[3, 1], [], [0, 2]], [[0], [1], [2], [3]]])
 def test_any_split_of_the_rows_is_the_same_step(objective, split):
-    whole = random_micro(columns=("target",))
+    whole = random_micro(columns=("aim",))
     weights = torch.tensor([1.0, 0.25, 0.0, 3.0], dtype=torch.float64)
     parts = [take_rows(whole, rows) for rows in split]
     expected = step(objective, [whole], [weights])
@@ -138,7 +138,7 @@ def test_any_split_of_the_rows_is_the_same_step(objective, split):
 
 @pytest.mark.parametrize("objective", MIXTURES, ids=lambda one: "+".join(one.labels))
 def test_a_micro_batch_without_rows_adds_zero_and_keeps_the_graph(objective):
-    micro = random_micro((), columns=("target",))
+    micro = random_micro((), columns=("aim",))
     estimates = {f"{index}/mean": torch.tensor(1.0) for index in range(3)}
     sums, metrics = objective(micro.scores, micro.sides, micro.columns, estimates)
     loss = objective.combine(sums, torch.full_like(sums, 8.0))
@@ -161,8 +161,8 @@ def test_row_weights_multiply_values_and_leave_counts_alone():
     micro = random_micro()
     weights = torch.tensor([2.0, 0.0, 1.0, 0.5])
     objective = Objective([(1.0, make("dpo")), (1.0, make("sft")), (1.0, Shifted())])
-    plain = objective(micro.scores, micro.sides, {"target": weights}, {"2/mean": torch.tensor(0.5)})
-    found = objective(micro.scores, micro.sides, {"target": weights}, {"2/mean": torch.tensor(0.5)}, weights)
+    plain = objective(micro.scores, micro.sides, {"aim": weights}, {"2/mean": torch.tensor(0.5)})
+    found = objective(micro.scores, micro.sides, {"aim": weights}, {"2/mean": torch.tensor(0.5)}, weights)
     tokens = weights.double()[micro.scores.sequence[: micro.sides.desirable_tokens]]
     for name, spread in {"dpo": weights.double(), "sft": tokens, "shifted": weights.double().repeat(2)}.items():
         expected = plain[1][f"loss/{name}"] * spread
@@ -185,7 +185,7 @@ def test_needs_are_those_of_all_terms():
     mixture = Objective([(1.0, make("sft")), (1.0, Shifted()), (1.0, make("dpo"))])
     assert mixture.reference == "distribution"
     assert mixture.statistics == ("forward_kl",)
-    assert mixture.columns == ("target",)
+    assert mixture.columns == ("aim",)
     assert mixture.optional_columns == ("preference",)
     assert mixture.paired_required and mixture.all_completions and mixture.has_estimates
     stricter = Objective([(1.0, make("dpo")), (1.0, Averaged())])
@@ -198,16 +198,33 @@ def test_needs_of_one_term_are_no_more_than_its_own():
     assert (dpo.reference, dpo.paired_required, dpo.all_completions, dpo.has_estimates) == ("logp", True, True, False)
 
 
-def test_counts_are_the_units_of_each_term():
-    micro = random_micro((3, 5, 1, 2))
+@pytest.mark.parametrize(("columns", "targets", "tokens"), [((), 0, 0), (("target",), 2, 8)])
+def test_counts_are_the_units_of_each_term(columns, targets, tokens):
+    """Targets are in the batch, and in no term's count."""
+    micro = random_micro((3, 5, 1, 2), columns=columns)
     mixture = Objective([(1.0, make("dpo")), (1.0, make("sft")), (1.0, Shifted())])
-    batch = {"paired": True, "size": 4, "desirable_size": 2, "desirable_tokens": 8, "sequence": micro.scores.sequence}
+    batch = {"paired": True, "size": 4 + targets, "desirable_size": 2, "desirable_tokens": 8,
+             "target_size": targets, "target_tokens": tokens, "sequence": micro.scores.sequence}  # fmt: skip
     assert sides_of(batch) == micro.sides
     assert mixture.counts(sides_of(batch)) == [2, 8, 4]
 
 
-def test_estimates_reach_the_term_that_made_them():
+@pytest.mark.parametrize("name", ["dpo", "sft", "kto"])
+def test_a_term_that_declares_no_target_sees_the_pairs_alone(name):
     micro = random_micro(columns=("target",))
+    size, tokens = micro.sides.size, micro.sides.tokens
+    pairs = Micro(micro.scores.slice(slice(0, size), slice(0, tokens)), Sides(*micro.sides[:5]), {})
+    other = make(name, z0="zero") if name == "kto" else make(name)
+    objective = Objective([(1.0, other)])
+    assert torch.equal(step(objective, [micro]), step(objective, [pairs]))
+    slic = Objective([(1.0, make("slic"))])
+    both = step(Objective([(1.0, make("slic")), (1.0, other)]), [micro])
+    torch.testing.assert_close(both, step(slic, [micro]) + step(objective, [pairs]), rtol=1e-12, atol=0)
+    assert not torch.allclose(step(slic, [micro]), step(slic, [pairs]))
+
+
+def test_estimates_reach_the_term_that_made_them():
+    micro = random_micro(columns=("aim",))
     mixture = Objective([(1.0, make("dpo")), (1.0, Shifted())])
     parts = mixture.estimates(micro.scores, micro.sides, micro.columns)
     assert list(parts) == ["1/mean"]
@@ -222,7 +239,7 @@ def test_data_that_cannot_feed_a_term_is_refused_by_name():
     Objective.of("sft").check_rows(paired=False, columns=())
     with pytest.raises(DataError, match=r"`dpo` compares two answers .*single answers"):
         Objective.of(["sft", "dpo"]).check_rows(paired=False, columns=())
-    with pytest.raises(DataError, match="needs a column `target`"):
+    with pytest.raises(DataError, match="needs a column `aim`"):
         Objective([(1.0, Shifted())]).check_rows(paired=True, columns=("weight",))
     assert "preference" in Objective.of(["sft", "dpo"]).row_problem({"preference": 2.0})
     assert Objective.of(["sft", "dpo"]).row_problem({"preference": 0.5}) == ""

@@ -7,11 +7,12 @@ import math
 import pytest
 import torch
 
-from prefopt.errors import RecipeError
-from prefopt.losses import make
-from prefopt.scoring.scores import MissingStatistic
+from prefopt.errors import RecipeError, UserError
+from prefopt.losses import Needs, Pairs, make
+from prefopt.losses.views import UndeclaredColumn
+from prefopt.scoring.scores import MissingStatistic, TokenScores
 from tests.losses.theory import spelled, token_gradients
-from tests.losses.views import run
+from tests.losses.views import Micro, run
 
 CHOSEN = [[-1.0, -0.5], [-2.0, -2.0], [-0.25]]
 REJECTED = [[-2.0], [-1.0], [-3.0, -0.5]]
@@ -87,6 +88,58 @@ def test_unlike_dpo_its_value_at_the_reference_depends_on_the_policy(shift):
     """Which is why it is no loss of log-ratios."""
     at_reference = [spelled([[-1.0 - shift]], [[-2.0]], reference=None)]
     assert [run(make("slic", delta=2.0, target_weight=0), micro).loss.item() for micro in at_reference] == [1.0 + shift]
+
+
+def with_targets(targets, chosen=CHOSEN, rejected=REJECTED):
+    """Pairs whose targets have these log-probs token by token."""
+    micro, third = spelled(chosen, rejected), spelled(targets, [])
+    rows, tokens = len(chosen), third.sides.tokens
+    logp = torch.cat([micro.scores.logp, third.scores.logp]).detach().requires_grad_()
+    sequence = torch.cat([micro.scores.sequence, third.scores.sequence + 2 * rows])
+    sides = micro.sides._replace(target_size=rows, target_tokens=tokens)
+    return Micro(TokenScores(3 * rows, sequence, logp), sides, {})
+
+
+def test_a_target_of_its_own_by_hand():
+    micro = with_targets([[-1.0], [-0.5, -1.5, -2.0], [-8.0]])
+    sums = run(make("slic", delta=1.0, target_weight=0.5), micro)
+    assert sums.loss.tolist() == pytest.approx([0.5 + 0.5, 4.0 + 2.0, 0.0 + 4.0], rel=1e-14)
+    assert sums.metrics["target_nll"].tolist() == [1.0, 4.0, 8.0]
+    means = run(make("slic", delta=1.0, target_weight=0.3, target_length="mean"), micro)
+    assert means.loss.tolist() == pytest.approx([0.5 + 0.3, 4.0 + 0.4, 0.0 + 2.4], rel=1e-14)
+
+
+def test_a_target_of_its_own_is_raised_in_the_place_of_the_chosen_answer():
+    micro = with_targets([[-1.0], [-0.5], [-2.0]], [[-1.0], [-1.0], [-1.0]], [[-9.0], [-9.0], [-0.5]])
+    slopes = token_gradients(make("slic", target_weight=0.3), micro)
+    assert slopes == [0.0, 0.0, -1.0, 0.0, 0.0, 1.0, -0.3, -0.3, -0.3]
+
+
+@pytest.mark.parametrize("length", ["sum", "mean"])
+def test_a_target_that_is_the_chosen_answer_changes_nothing(length):
+    loss = make("slic", target_length=length)
+    assert torch.equal(run(loss, with_targets(CHOSEN)).loss.detach(), values(loss))
+
+
+def test_a_loss_that_declares_no_target_cannot_read_it():
+    view = with_targets(CHOSEN).view(make("simpo").needs)
+    with pytest.raises(UndeclaredColumn, match="`target` was read but not declared"):
+        _ = view.target
+    assert spelled(CHOSEN, REJECTED).view(make("slic").needs).target is None
+
+
+def test_by_hand_a_target_is_an_answer_of_the_pairs():
+    micro = with_targets(CHOSEN[::-1])
+    view = micro.view(make("slic").needs)
+    pairs = Pairs(view.chosen, view.rejected, answers={"target": view.target})
+    assert torch.equal(make("slic")(pairs).loss, run(make("slic"), micro).loss)
+    with pytest.raises(ValueError, match="2 completions in `target` for 3 pairs"):
+        Pairs(view.chosen, view.rejected, answers={"target": view.target.slice(slice(0, 2), slice(0, 3))})
+
+
+def test_a_target_goes_with_pairs():
+    with pytest.raises(UserError, match="`target` is an answer beside the two of a pair"):
+        Needs(view="completions", optional_columns=("target",))
 
 
 @pytest.mark.parametrize("knob", ["delta", "target_weight"])

@@ -31,7 +31,7 @@ class Micro:
 
     def view(self, needs: Needs, estimates: Mapping[str, Any] | None = None) -> Pairs | Completions:
         """The view that `needs` asks for."""
-        facts = {name: getattr(self.sides, name) for name in ("paired", "desirable_size", "desirable_tokens")}
+        facts = {name: value for name, value in self.sides._asdict().items() if name not in ("size", "tokens")}
         return build_view(needs, self.scores, columns=self.columns, estimates=estimates, **facts)
 
     @property
@@ -49,10 +49,15 @@ def random_micro(
     columns: Sequence[str] = (),
     weighted: bool = False,
 ) -> Micro:
-    """Completions of these lengths with every statistic there is; the first half of them (or `desirable`) is chosen."""
+    """Completions of these lengths with every statistic there is; the first half of them (or `desirable`) is chosen.
+
+    With `target` among the columns each pair has one: the lengths of the chosen answers once more, in reverse.
+    """
     rng = torch.Generator().manual_seed(seed)
     size = len(lengths)
     desirable = size // 2 if desirable is None else desirable
+    targets = list(reversed(lengths[:desirable])) if "target" in columns else []
+    lengths = [*lengths, *targets]
     tokens = sum(lengths)
 
     def positive() -> Tensor:
@@ -60,14 +65,16 @@ def random_micro(
 
     statistics = {name: -positive() if "logp" in name else positive() for name in STATISTICS}
     statistics["logp"].requires_grad_()
-    sequence = torch.repeat_interleave(torch.arange(size), torch.tensor(lengths, dtype=torch.int64))
-    scores = TokenScores(size, sequence, token_weight=positive() if weighted else None, **statistics)
+    sequence = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths, dtype=torch.int64))
+    scores = TokenScores(len(lengths), sequence, token_weight=positive() if weighted else None, **statistics)
     rows = size // 2 if paired else size
     made = {
         name: COLUMNS.get(name, lambda n, g: torch.rand(n, generator=g, dtype=torch.float64))(rows, rng).to(dtype)
         for name in columns
+        if name != "target"
     }
-    return Micro(scores, Sides(paired, size, tokens, desirable, sum(lengths[:desirable])), made)
+    sides = Sides(paired, size, sum(lengths[:size]), desirable, sum(lengths[:desirable]), len(targets), sum(targets))
+    return Micro(scores, sides, made)
 
 
 def micro_for(loss: Loss, lengths: Sequence[int] = (3, 5, 1, 4, 2, 6, 3, 1), **options: Any) -> Micro:
@@ -117,7 +124,8 @@ def full_view(loss: Loss, micro: Micro) -> Pairs | Completions:
 def take_rows(micro: Micro, rows: Sequence[int]) -> Micro:
     """The given pairs of a paired micro-batch, in this order, as a micro-batch of their own."""
     pairs = micro.rows
-    order = [*rows, *(row + pairs for row in rows)]
+    parts = 3 if micro.sides.target_size else 2
+    order = [row + part * pairs for part in range(parts) for row in rows]
     picked = [torch.nonzero(micro.scores.sequence == completion).flatten() for completion in order]
     tokens = torch.cat([torch.zeros(0, dtype=torch.int64), *picked])
     lengths = [len(index) for index in picked]
@@ -125,7 +133,9 @@ def take_rows(micro: Micro, rows: Sequence[int]) -> Micro:
     weight = micro.scores.token_weight
     sequence = torch.repeat_interleave(torch.arange(len(order)), torch.tensor(lengths, dtype=torch.int64))
     scores = TokenScores(len(order), sequence, token_weight=None if weight is None else weight[tokens], **values)
-    sides = Sides(True, len(order), sum(lengths), len(rows), sum(lengths[: len(rows)]))
+    count = len(rows)
+    sides = Sides(True, 2 * count, sum(lengths[: 2 * count]), count, sum(lengths[:count]), (parts - 2) * count,
+                  sum(lengths[2 * count :]))  # fmt: skip
     return Micro(scores, sides, {name: value[list(rows)] for name, value in micro.columns.items()})
 
 

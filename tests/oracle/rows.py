@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping, Sequence
-from itertools import product
+from itertools import product, zip_longest
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -81,7 +82,8 @@ def one_token_rows() -> Rows:
 
 def as_micro(rows: Rows, columns: Sequence[str], dtype: torch.dtype = torch.float64) -> Micro:
     """The rows as a micro-batch with these columns; `logp` takes a gradient."""
-    answers = answers_of(rows)
+    targets = targets_of(rows, columns)
+    answers = answers_of(rows) + targets
     lengths = [len(answer.policy) for answer in answers]
     sequence = torch.repeat_interleave(torch.arange(len(answers)), torch.tensor(lengths))
 
@@ -97,10 +99,12 @@ def as_micro(rows: Rows, columns: Sequence[str], dtype: torch.dtype = torch.floa
         forward_kl=flat([answer.kl or [0.0] * len(answer.policy) for answer in answers]),
         token_weight=flat(weights) if weights else None,
     )
-    sides = Sides(True, len(answers), sum(lengths), len(rows), sum(lengths[: len(rows)]))
-    return Micro(
-        scores, sides, {name: torch.tensor([row.columns[name] for row in rows], dtype=dtype) for name in columns}
-    )
+    size, count = 2 * len(rows), len(rows)
+    sides = Sides(True, size, sum(lengths[:size]), count, sum(lengths[:count]), len(targets), sum(lengths[size:]))
+    numbers = {
+        name: torch.tensor([row.columns[name] for row in rows], dtype=dtype) for name in columns if name != "target"
+    }
+    return Micro(scores, sides, numbers)
 
 
 def as_tensors(rows: Rows, columns: Sequence[str]) -> tuple[list[Pair], list[Tensor]]:
@@ -112,15 +116,22 @@ def as_tensors(rows: Rows, columns: Sequence[str]) -> tuple[list[Pair], list[Ten
         kl = None if given.kl is None else torch.tensor(given.kl, dtype=torch.float64)
         return Answer(leaf, torch.tensor(given.reference, dtype=torch.float64), given.weight, kl)
 
+    targets = [answer(target, "target", i) for i, target in enumerate(targets_of(rows, columns))]
     pairs = [
-        Pair(answer(row.chosen, "chosen", i), answer(row.rejected, "rejected", i), only(row.columns, columns))
-        for i, row in enumerate(rows)
+        Pair(answer(row.chosen, "chosen", i), answer(row.rejected, "rejected", i), only(row.columns, columns), target)
+        for i, (row, target) in enumerate(zip_longest(rows, targets))
     ]
-    return pairs, [leaves[side, i] for side in ("chosen", "rejected") for i in range(len(rows))]
+    sides = ("chosen", "rejected", *(("target",) if targets else ()))
+    return pairs, [leaves[side, i] for side in sides for i in range(len(rows))]
 
 
-def only(values: Mapping[str, float], names: Sequence[str]) -> dict[str, float]:
-    return {name: values[name] for name in names}
+def targets_of(rows: Rows, columns: Sequence[str]) -> list[Answer]:
+    """A target for each row where `target` is among the columns, else none: the rejected answer of the row before."""
+    return [rows[index - 1].rejected for index in range(len(rows))] if "target" in columns else []
+
+
+def only(values: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
+    return {name: values[name] for name in names if name != "target"}
 
 
 def mismatched_rows(*, above: bool = True) -> Rows:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import inspect
 import json
-from itertools import product
+from itertools import product, zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ import torch
 from prefopt.losses import make
 from tests.oracle import float64
 from tests.oracle.float64 import Answer, Pair
-from tests.oracle.rows import Rows, answers_of, as_micro, loss_and_gradient, mismatched_rows, only
+from tests.oracle.rows import Rows, answers_of, as_micro, loss_and_gradient, mismatched_rows, only, targets_of
 from tests.oracle.test_formulas import CASES, Case, every_case
 
 TABLE = Path(__file__).with_name("table.json")
@@ -40,13 +40,15 @@ def exact(case: Case, rows: Rows) -> list[Any]:
     def answer(given: Answer) -> Answer:
         return Answer(numbers(given.policy), numbers(given.reference), kl=given.kl and numbers(given.kl))
 
+    targets = [answer(target) for target in targets_of(rows, case.columns)]
     pairs = [
         Pair(
             answer(row.chosen),
             answer(row.rejected),
             {name: mpmath.mpf(value) for name, value in only(row.columns, case.columns).items()},
+            target,
         )
-        for row in rows
+        for row, target in zip_longest(rows, targets)
     ]
     mismatched = [answer(other) for other in answers_of(mismatched_rows())]
     return float64.values(case.name, pairs, mismatched, **exact_knobs(case))

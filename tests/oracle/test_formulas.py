@@ -64,6 +64,8 @@ CASES = [
     Case("slic", {}),
     Case("slic", {"delta": 0.0, "target_weight": 0.0}),
     Case("slic", {"delta": 2.5, "target_weight": 3.0, "target_length": "mean"}),
+    Case("slic", {}, ("target",)),
+    Case("slic", {"delta": 2.5, "target_weight": 3.0, "target_length": "mean"}, ("target",)),
     Case("dpop", {}),
     Case("dpop", {"beta": 0.3, "penalty": 50.0}),
     Case("dpop", {"penalty": 0.0}),

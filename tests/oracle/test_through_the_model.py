@@ -33,7 +33,9 @@ def rows(text):
     """Rows with every column a loss may read, in numbers that single precision holds: that is how columns travel."""
     numbers = [row.columns for row in random_rows(8, seed=6)]
     exact = [{name: round(value * 64) / 64 for name, value in columns.items()} for columns in numbers]
-    return [{**row, **columns} for row, columns in zip(text[1], exact, strict=True)]
+    targets = [row["rejected"] for row in text[1][1:]] + [" and a third answer"]
+    rows = zip(text[1], exact, targets, strict=True)
+    return [{**row, **columns, "target": target} for row, columns, target in rows]
 
 
 def float64_model(seed: int, tokenizer) -> GPT2LMHeadModel:
@@ -56,7 +58,8 @@ def make_trainer(case: Case, tokenizer, rows, folder) -> PreferenceTrainer:
 
 
 def with_columns(rows: list[dict[str, Any]], case: Case) -> list[dict[str, Any]]:
-    return [only(row, ("prompt", "chosen", "rejected", *case.columns)) for row in rows]
+    names = ("prompt", "chosen", "rejected", *case.columns)
+    return [{name: row[name] for name in names} for row in rows]
 
 
 def distributions(model, row: Mapping[str, Any], side: str) -> tuple[Tensor, Tensor]:
@@ -87,7 +90,12 @@ class Formula:
             answers, mismatched = ([self.answer(row, side) for row in rows] for side in ("completion", "mismatched"))
             return float64.kto(answers, [row["desirable"] for row in rows], mismatched, **self.case.knobs)
         pairs = [
-            Pair(self.answer(row, "chosen"), self.answer(row, "rejected"), only(row["columns"], self.case.columns))
+            Pair(
+                self.answer(row, "chosen"),
+                self.answer(row, "rejected"),
+                only(row["columns"], self.case.columns),
+                self.answer(row, "target") if "target" in self.case.columns else None,
+            )
             for row in rows
         ]
         return float64.values(self.case.name, pairs, **self.case.knobs)

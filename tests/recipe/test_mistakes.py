@@ -6,11 +6,16 @@ import dataclasses
 from pathlib import Path
 
 import pytest
+from transformers import TrainingArguments
+from trl import DPOConfig
+from trl.experimental.cpo import CPOConfig
+from trl.experimental.kto import KTOConfig
 
 from prefopt.config import PreferenceConfig
 from prefopt.errors import RecipeError
 from prefopt.losses.elsewhere import IN_TRL
 from prefopt.recipe import load_recipe
+from prefopt.recipe.loss_block import knob_names
 from prefopt.recipe.read import known_names, training_types
 from prefopt.recipe.renamed import NOTES, RENAMED, RETIRED
 from tests.recipe.mistakes import BASE, Mistake, mistake_table
@@ -74,6 +79,16 @@ def test_older_names_lead_to_names_there_are():
     assert not {*RENAMED, *RETIRED} & {*known_names()}
     for new in RENAMED.values():
         assert new in known_names() or new == "reference.model"
+
+
+def test_every_setting_of_trls_trainers_is_read_or_has_an_answer(refused):
+    """Those of the loss are knobs here, or have a line that says what to write."""
+    theirs = {field.name for config in (DPOConfig, KTOConfig, CPOConfig) for field in dataclasses.fields(config)}
+    theirs -= {field.name for field in dataclasses.fields(TrainingArguments)}
+    answered = {*RENAMED, *RETIRED, *known_names(), "loss_type", *knob_names()}
+    assert theirs <= answered, theirs - answered
+    assert "alpha = 1 - this number" in refused(f"{BASE}f_alpha_divergence_coef: 0.3\n")
+    assert "loss: {name: simpo, gamma: ...}" in refused(f"{BASE}simpo_gamma: 0.5\n")
 
 
 def test_every_training_setting_is_either_read_or_explained():

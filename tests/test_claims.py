@@ -1,0 +1,72 @@
+"""The scripts under examples/claims/, each with one seed: they run, and what they find points the way they say."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+CLAIMS = Path(__file__).resolve().parents[1] / "examples" / "claims"
+
+
+def run(name: str, folder: Path) -> str:
+    """What a script prints, run with one seed in an empty folder."""
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, str(CLAIMS / f"{name}.py"), "--seeds", "1"]
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def figures(out: str, line: str) -> list[float]:
+    """The numbers of the table's line that begins so, spreads left out."""
+    found = next(each for each in out.splitlines() if each.startswith(line)).removeprefix(line)
+    return [float(number) for number in re.findall(r"(?<![-\d.])-?\d+\.?\d*", re.sub(r"\+- \S+", "", found))]
+
+
+def test_noisy_labels(tmp_path):
+    out = run("noisy_labels", tmp_path)
+    clean = figures(out, "0% ")[:3]
+    assert max(clean) - min(clean) < 1e-9
+    dpo, cdpo, rdpo = figures(out, "20% ")[:3]
+    assert rdpo < dpo < cdpo
+    assert "not seen: with flipped labels cDPO beats DPO" in out
+
+
+def test_deterministic_preferences(tmp_path):
+    out = run("deterministic_preferences", tmp_path)
+    for beta, best in ((0.1, 0.964), (0.5, 0.563), (1.0, 0.448)):
+        assert figures(out, f"dpo   {beta:g} ")[0] > 0.99
+        assert figures(out, f"ipo   {beta:g} ")[0] == pytest.approx(best, abs=2e-3)
+    assert out.splitlines()[-1].startswith("seen: IPO stays bounded")
+
+
+def test_kto_against_dpo(tmp_path):
+    out = run("kto_against_dpo", tmp_path)
+    dpo, same, one = (
+        figures(out, name)[0] for name in ("dpo, all pairs", "kto, the same answers", "kto, one answer a pair")
+    )
+    assert 0.95 * dpo < one <= 1.01 * dpo
+    assert 0.95 * dpo < same <= 1.01 * dpo
+    assert figures(out, "best possible")[0] > dpo
+
+
+@pytest.mark.slow
+def test_near_identical_pairs(tmp_path):
+    out = run("near_identical_pairs", tmp_path)
+    (dpo, fell, margin), (dpop, kept, _) = (figures(out, name) for name in ("dpo ", "dpop, penalty 5 "))
+    assert dpo < -1 < 0 < dpop
+    assert fell > 0.6 > kept
+    assert margin > 1
+
+
+def test_every_script_is_tested_and_says_how_to_run_it():
+    tested = {name.removeprefix("test_") for name in globals() if name.startswith("test_")}
+    for path in CLAIMS.glob("*.py"):
+        if path.stem != "common":
+            assert path.stem in tested
+            assert f"python examples/claims/{path.name} [--seeds " in path.read_text()
