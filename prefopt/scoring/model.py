@@ -91,9 +91,8 @@ def _scoring_forward(kind: type[PreTrainedModel]) -> Callable[..., Any]:
             return type(self).forward(self, *args, **inputs)
         if target is None or args:
             raise TypeError("scoring needs `target` beside `source`, and takes keyword arguments only")
-        given = {
-            name: value for name, value in inputs.items() if value is not None
-        }  # PEFT fills in what was not passed
+        # PEFT fills in what was not passed.
+        given = {name: value for name, value in inputs.items() if value is not None}
         hidden = self.base_model(**{**given, "use_cache": False})[0].flatten(0, 1).index_select(0, source)
         with _distribution(self, hidden, lasting=statistics == DISTRIBUTION) as distribution:
             if statistics == DISTRIBUTION:
