@@ -85,8 +85,7 @@ def score_both(
     if need == "distribution":
         assert isinstance(reference, (LiveReference, CachedReference))  # no other source is let in for this need
         whole = reference.distribution(policy, batch)
-        scores: dict[str, Tensor] = policy(**plan_of(batch), statistics=(*statistics, "ref_logp"), reference=whole)
-        return scores
+        return policy(**plan_of(batch), statistics=(*statistics, "ref_logp"), reference=whole)
     known = reference.scores(policy, batch)
     return {**policy(**plan_of(batch), statistics=statistics), **known}
 

@@ -54,12 +54,22 @@ def test_a_run_starts_at_its_reference_and_leaves_it(tmp_path, name, adapter, ki
     assert last["loss"] < first["loss"]
 
 
-def test_a_frozen_adapter_copy_is_a_reference(tmp_path):
+def test_a_frozen_adapter_copy_with_its_own_head_is_a_reference(tmp_path):
     """PiSSA does not start at the base, so the reference is a copy of the adapter as it was."""
-    trainer = make_trainer(tmp_path, ROWS, loss="tdpo2", peft_config=lora(init_lora_weights="pissa"), **STEPS)
+    adapter = lora(init_lora_weights="pissa", modules_to_save=["lm_head"])
+    trainer = make_trainer(tmp_path, ROWS, loss="tdpo2", peft_config=adapter, **STEPS)
     assert trainer.reference.adapter is not None
+    batch = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
+    before = trainer.reference.distribution(trainer.model, batch).head.clone()
     lines = logs(trainer)
     assert lines[0]["seqkl/chosen"] == pytest.approx(0.0, abs=1e-5) and lines[-1]["seqkl/chosen"] > 1e-4
+    assert torch.equal(trainer.reference.distribution(trainer.model, batch).head, before)
+    assert not torch.equal(trainer.model.get_output_embeddings().weight, before)
+
+
+def test_mixed_precision_starts_at_zero(tmp_path):
+    lines = logs(make_trainer(tmp_path, ROWS, loss="tdpo2", reference=False, bf16=True, **STEPS))
+    assert lines[0]["seqkl/chosen"] == 0.0 and lines[-1]["seqkl/chosen"] > 1e-4
 
 
 def test_the_reference_given_may_be_of_another_width(tmp_path, tokenizer):

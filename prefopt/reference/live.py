@@ -71,8 +71,7 @@ class LiveReference(ABC):
 
     def distribution(self, policy: nn.Module, batch: dict[str, Any]) -> Distribution:
         """What the policy's forward needs to compare whole distributions at the tokens of `batch`."""
-        found: Distribution = self._run(policy, batch, DISTRIBUTION)["distribution"]
-        return found
+        return self._run(policy, batch, DISTRIBUTION)["distribution"]
 
     @abstractmethod
     def _run(self, policy: nn.Module, batch: dict[str, Any], statistics: tuple[str, ...]) -> dict[str, Any]:
@@ -106,8 +105,7 @@ class FrozenModel(LiveReference):
 
     def _run(self, policy: nn.Module, batch: dict[str, Any], statistics: tuple[str, ...]) -> dict[str, Any]:
         with torch.no_grad():
-            found: dict[str, Any] = self.model(**plan_of(batch), statistics=statistics)
-            return found
+            return self.model(**plan_of(batch), statistics=statistics)
 
 
 class AdapterOff(LiveReference):
@@ -125,8 +123,7 @@ class AdapterOff(LiveReference):
 
     def _run(self, policy: nn.Module, batch: dict[str, Any], statistics: tuple[str, ...]) -> dict[str, Any]:
         with evaluating(policy), self._switched(_peft_model(policy)):
-            found: dict[str, Any] = policy(**plan_of(batch), statistics=statistics)
-            return found
+            return policy(**plan_of(batch), statistics=statistics)
 
     @contextmanager
     def _switched(self, model: PeftModel) -> Iterator[None]:
@@ -153,8 +150,7 @@ class StartingPolicy(LiveReference):
 
     def _run(self, policy: nn.Module, batch: dict[str, Any], statistics: tuple[str, ...]) -> dict[str, Any]:
         with evaluating(policy):
-            found: dict[str, Any] = policy(**plan_of(batch), statistics=statistics)
-            return found
+            return policy(**plan_of(batch), statistics=statistics)
 
 
 def plan_reference(

@@ -9,6 +9,7 @@ from prefopt.errors import RecipeError
 from prefopt.losses import make
 from tests.losses.theory import sigmoid
 from tests.losses.token_pairs import CHOSEN, REJECTED, logit_gradient, token_pair, value
+from tests.scoring.test_head import Allocations
 
 PAIR = token_pair(seed=2)
 
@@ -95,6 +96,24 @@ def test_a_masked_token_counts_in_nothing(name, statistic):
         for by in (0.0, 50.0)
     ]
     assert torch.equal(*values)
+
+
+@pytest.mark.parametrize(
+    ("name", "knobs", "products"),
+    [
+        ("dpo", {}, 2),  # a tile of the policy, and the gradient of the hidden states
+        ("tdpo1", {}, 2),  # a tile of the reference instead
+        ("tdpo2", {"alpha": 0.5}, 2 + 3 / 7),  # both at the three rejected tokens of seven
+        ("tdpo2", {"alpha": 1.0}, 2),  # the policy's at chosen tokens, the reference's at rejected ones
+        ("tdpo2", {"alpha": 0.0}, 2),
+    ],
+)
+def test_the_backward_pass_makes_only_the_tiles_that_the_loss_needs(name, knobs, products):
+    pair = token_pair(seed=2)
+    loss = pair.output(make(name, **knobs)).loss.sum()
+    with Allocations() as seen:
+        loss.backward()
+    assert seen.flops == round(products * 7**3)
 
 
 @pytest.mark.parametrize(
