@@ -32,7 +32,7 @@ AUTO, PLAIN, SHARED = "auto", "plain", "shared"
 # The gain that is worth it: the estimate leaves the making of masks out.
 _WORTH = 0.05
 # An operation of attention takes this many times as long as one of a matrix product (measured on a CPU).
-_SLOWER = 3.0
+_SLOWER = 1.5
 _MEASURED = 100  # micro-batches, of so many rows
 _ROWS = 8
 
