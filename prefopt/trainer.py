@@ -108,7 +108,7 @@ class PreferenceTrainer(DurableTrainer):
         self.reference, self.reference_identity = open_reference_scores(
             self, explicit, fresh_adapter=peft_config is not None
         )
-        choose_layout(self)
+        choose_layout(self, own_collator=data_collator is not None)
 
     def _get_dataloader(  # type: ignore[override]
         self,

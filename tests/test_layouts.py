@@ -81,8 +81,9 @@ def test_dropout_keeps_rows_plain_unless_sharing_is_asked_for(tmp_path, capsys):
 def test_plain_is_plain_and_an_own_collator_is_left_alone(tmp_path):
     assert not is_shared(make_trainer(tmp_path, LONG, row_layout="plain").data_collator)
     trainer = make_trainer(tmp_path, LONG, row_layout="plain")
+    trainer.args.row_layout = "auto"
     own: dict[str, Any] = {"loss": "dpo", "train_dataset": LONG, "processing_class": trainer.processing_class}
-    own["data_collator"] = trainer.data_collator.__call__
+    own["data_collator"] = trainer.data_collator
     assert not is_shared(type(trainer)(make_model(vocab_size=VOCABULARY), args=trainer.args, **own).data_collator)
     trainer.args.row_layout = "shared"
     with pytest.raises(UserError, match="data_collator lays the rows out itself"):

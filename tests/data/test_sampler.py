@@ -107,3 +107,26 @@ def test_rows_of_a_step_are_dealt_by_length():
 def test_an_unknown_strategy_is_refused():
     with pytest.raises(ValueError, match="one of random"):
         WindowSampler(LENGTHS, batch_size=1, strategy="by_mood")
+
+
+def test_rows_of_one_prompt_meet_in_a_micro_batch():
+    """Where a step holds several; which rows a step holds does not change."""
+    prompts = [row % 9 for row in range(53)]
+    apart = WindowSampler(LENGTHS, batch_size=6, accumulation=2, strategy="random")
+    together = WindowSampler(LENGTHS, batch_size=6, accumulation=2, strategy="random", prompts=prompts)
+    assert [sorted(window) for window in together.windows()] == [sorted(window) for window in apart.windows()]
+
+    def split_prompts(sampler: WindowSampler) -> int:
+        batches = iter(list(sampler))
+        pairs = zip(batches, batches, strict=False)
+        return sum(len({prompts[row] for row in one} & {prompts[row] for row in other}) for one, other in pairs)
+
+    assert split_prompts(together) <= 4 < split_prompts(apart)
+
+
+def test_ranks_take_the_longer_rows_in_turn():
+    shares = [0, 0]
+    for rank in range(2):
+        sampler = WindowSampler(LENGTHS[:48], batch_size=2, accumulation=4, world_size=2, rank=rank)
+        shares[rank] = sum(max(LENGTHS[row] for row in batch) for batch in sampler)
+    assert abs(shares[0] - shares[1]) < 0.1 * sum(shares)
