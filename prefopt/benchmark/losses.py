@@ -23,7 +23,7 @@ _TO = "dpo"
 
 def run(options: Options) -> Report:
     """The median step of each loss; those that need other rows than pairs of text are named and left out."""
-    profile = profiles.load("hh", options.data, options.seed)
+    profile = profiles.profile_for("hh", options)
     lengths = profile.lengths[profiles.steps_of(profile, options)].reshape(-1, 3)
     report = Report("losses", {**options.about(), "shape": str(options.shape), "clock": clock_of(device()).unit})
     trainers: dict[str, PreferenceTrainer] = {}

@@ -20,7 +20,7 @@ _STEPS = 32  # of rows: a data set large enough that scoring it outweighs openin
 
 def run(options: Options) -> Report:
     """Time until each algorithm can begin to train, and the answers scored for it, with one store and with one each."""
-    profile = profiles.load("hh", options.data, options.seed)
+    profile = profiles.profile_for("hh", options)
     count = options.batch_size * (1 if options.quick else _STEPS)
     lengths = profile.lengths[np.random.default_rng(options.seed).permutation(len(profile.lengths))[:count]]
     losses = [loss for loss in map(make, names()) if loss.needs.reference == "logp"]

@@ -98,7 +98,7 @@ def _peaks(shapes: tuple[HeadShape, ...], ways: tuple[HeadWay, ...], threads: in
 
 def _steps(losses: list[str], options: Options) -> Table:
     """Steps of the trainer on HH lengths, the reference cached for DPO and live for the others."""
-    profile = profiles.load("hh", options.data, options.seed)
+    profile = profiles.profile_for("hh", options)
     lengths = profile.lengths[profiles.steps_of(profile, options)]
     rows = profiles.token_rows(lengths.reshape(-1, 3), vocabulary=options.shape.vocabulary, seed=options.seed)
     with quiet(), TemporaryDirectory() as folder:

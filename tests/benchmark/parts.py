@@ -14,12 +14,9 @@ def hold(mebibytes: int) -> None:
 
 
 def hold_more(before: int, mebibytes: int) -> Iterator[None]:
+    assert torch.get_num_threads() == 2
     kept = torch.ones(before * MIB // 4)
     hold(before)  # a peak that should not count
     yield
     hold(mebibytes)
     del kept
-
-
-def threads(expected: int) -> None:
-    assert torch.get_num_threads() == expected
