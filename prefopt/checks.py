@@ -24,6 +24,10 @@ if TYPE_CHECKING:
     from prefopt.trainer import PreferenceTrainer
 
 _ROWS = 4
+IDLE = (
+    "warning: the run has one step, and with warmup_steps its learning rate is 0, so nothing is learnt. Write "
+    "warmup_steps: 0, or a smaller per_device_train_batch_size or gradient_accumulation_steps"
+)
 
 
 def check_start(trainer: PreferenceTrainer, model: nn.Module) -> None:
@@ -52,8 +56,10 @@ def _notes(trainer: PreferenceTrainer) -> list[str]:
     good = len(data) if data.paired else sum(bool(row["desirable"]) for row in data.rows)
     bad = len(data) if data.paired else len(data) - good
     losses = trainer.objective.losses
+    rates = trainer.lr_scheduler.get_last_lr() if trainer.lr_scheduler is not None else [1.0]
+    idle = [IDLE] if trainer.state.max_steps == 1 and not any(rates) else []
     counted = (f"{loss.name}: {note}" for loss in losses for note in loss.class_notes(good, bad))
-    return [*(note for loss in losses for note in loss.notes()), *counted]
+    return [*(note for loss in losses for note in loss.notes()), *counted, *idle]
 
 
 def check_rows(objective: Objective, data: Any, like: TokenDataset | None = None) -> Any:

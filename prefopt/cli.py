@@ -146,7 +146,7 @@ def _losses(options: argparse.Namespace, rest: list[str]) -> None:
     if options.name:
         print(page(options.name))
         return
-    for name, _, _, summary in table_rows():
+    for name, *_, summary in table_rows():
         print(f"{name:14} {summary}")
 
 

@@ -14,7 +14,9 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.utils.import_utils import is_torch_bf16_gpu_available
 
+from prefopt.checks import IDLE
 from prefopt.data import Example, load_train_test
+from prefopt.data.columns import refuse_rows
 from prefopt.data.tokenization import TokenSettings, tokenize_examples
 from prefopt.errors import UserError
 from prefopt.losses.pages import needs_summary
@@ -147,6 +149,7 @@ def count_rows(recipe: Recipe) -> Rows:
             required_columns=objective.columns,
             optional_columns=(*objective.optional_columns, WEIGHT),
         )
+        refuse_rows(train.examples, (*objective.columns, *objective.optional_columns), objective.row_problem)
     except UserError as error:
         return Rows(f"The data is refused: {error}")
     tokens, note = _length(recipe, settings, train.examples)
@@ -285,7 +288,10 @@ def _step_count(settings: dict[str, Any], rows: int | None, effective: int) -> s
         return f"unknown (epochs: {epochs:g})"
     whole = settings.get("dataloader_drop_last", False)
     per_epoch = max(1, rows // effective if whole else math.ceil(rows / effective))
-    return f"{per_epoch} an epoch, {math.ceil(epochs * per_epoch)} in all (epochs: {epochs:g})"
+    steps = math.ceil(epochs * per_epoch)
+    warms_up = settings.get("warmup_steps") and settings.get("lr_scheduler_type") != "constant"
+    idle = f"\n{IDLE}" if steps == 1 and warms_up else ""
+    return f"{per_epoch} an epoch, {steps} in all (epochs: {epochs:g}){idle}"
 
 
 def _memory(recipe: Recipe, settings: dict[str, Any], rows: Rows) -> str:

@@ -180,10 +180,11 @@ class PreferenceTrainer(DurableTrainer):
         self, model: nn.Module, inputs: Batch, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """This micro-batch's share of the step's loss: sums of its units over the counts of the whole step."""
-        scores, sums, metrics = self._loss_sums(model, inputs)
         counts = num_items_in_batch
         if counts is None:  # called by hand: this batch is the whole step
-            counts = sums.new_tensor(self.objective.counts(sides_of(inputs)))
+            counts = torch.tensor(self.objective.counts(sides_of(inputs)))
+            self._estimates = self._estimate([inputs]) if self.objective.has_estimates else {}
+        scores, sums, metrics = self._loss_sums(model, inputs)
         # DDP, FSDP and DeepSpeed average gradients over ranks; the factor turns that into a sum.
         loss = self.objective.combine(sums, counts) * self.accelerator.num_processes
         self._train_sums.add(metrics)

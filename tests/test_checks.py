@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 
@@ -12,9 +13,13 @@ from transformers import CohereConfig, CohereForCausalLM, TrainerCallback
 from prefopt.checks import check_start
 from prefopt.config import PreferenceConfig
 from prefopt.data.dataset import TokenDataset
+from prefopt.data.prepare import Preparation
+from prefopt.data.spec import DataSpec
 from prefopt.errors import DataError, NonFiniteError, UserError
+from prefopt.losses import Objective
 from prefopt.trainer import PreferenceTrainer
 from tests import helpers
+from tests.training import make_trainer
 
 SCALE = 0.0625
 STEPS = 6
@@ -239,6 +244,31 @@ def test_a_column_the_loss_minds_is_refused_before_training(build, model):
     rows = token_rows(build, model, preference=[0.9] * 11 + [1.7])
     with pytest.raises(DataError, match=r"row 11: `preference` is 1\.7"):
         build(model, rows)
+
+
+def test_a_raw_row_the_loss_minds_is_refused_at_its_place(build, model, tmp_path):
+    path = tmp_path / "pairs.jsonl"
+    rows = [{**row, "preference": 0.9} for row in helpers.text_pairs(12)]
+    rows[7]["preference"] = -0.25
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    trainer = build(model)
+    with pytest.raises(DataError, match=r"row 7.*column `preference`"):
+        build(model, rows)
+    scored = [{**row, "score_chosen": 1.0, "score_rejected": float(index == 7) * 2} for index, row in enumerate(rows)]
+    path.write_text("".join(json.dumps({**row, "preference": None}) + "\n" for row in scored))
+    preparation = Preparation.for_objective(trainer.processing_class, trainer.args, Objective.of("odpo"), say=print)
+    with pytest.raises(DataError, match=r"pairs\.jsonl:8: `score_chosen` is 1\.0 and .* they contradict"):
+        preparation.train_and_test(DataSpec(data_files=str(path)))
+
+
+def test_a_run_whose_learning_rate_is_never_above_0_is_told(tmp_path, capsys):
+    rows = helpers.text_pairs(4)
+    warm = {"warmup_steps": 0.1, "lr_scheduler_type": "linear", "per_device_train_batch_size": 4}
+    make_trainer(tmp_path, rows, **warm).train()
+    assert "with warmup_steps its learning rate is 0, so nothing is learnt" in capsys.readouterr().out
+    for settings in ({"num_train_epochs": 2}, {"warmup_steps": 0}, {"lr_scheduler_type": "constant"}):
+        make_trainer(tmp_path, rows, **{**warm, **settings}).train()
+        assert "nothing is learnt" not in capsys.readouterr().out
 
 
 def test_an_evaluation_that_is_not_finite_raises(build, model):

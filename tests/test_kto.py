@@ -89,8 +89,16 @@ def test_pairs_become_single_answers_and_say_so(tmp_path, capsys):
 
 
 def test_labelled_rows_are_refused_by_a_loss_of_pairs(tmp_path):
-    with pytest.raises(DataError, match=r"single answers|label"):
+    with pytest.raises(DataError, match=r"labelled answer.* such as kto or sft"):
         make_trainer(tmp_path, answers(4), loss="dpo")
+
+
+def test_a_loss_asked_for_by_hand_takes_its_estimates_over_that_batch(tmp_path):
+    trainer = make_trainer(tmp_path, text_pairs(5), loss="kto", per_device_train_batch_size=10)
+    batch = trainer.data_collator(list(trainer.train_dataset))
+    found = trainer.compute_loss(trainer.model, batch).item()
+    trainer.train()
+    assert found == pytest.approx(trainer.state.log_history[0]["loss"], rel=1e-6)
 
 
 def test_a_mixture_with_pairs_is_refused():

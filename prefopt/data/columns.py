@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from numbers import Real
 from typing import Any
 
@@ -12,7 +12,7 @@ from prefopt.data.answers import TARGET
 from prefopt.data.formats import Example, Part
 from prefopt.data.messages import check_answer, check_messages, check_not_empty, check_text, contents
 from prefopt.data.problems import Flaw, Problem, kind_of, shown
-from prefopt.errors import nearest
+from prefopt.errors import DataError, nearest
 
 
 def check_columns(examples: Iterable[Example], required: Sequence[str], optional: Sequence[str] = ()) -> list[Problem]:
@@ -49,6 +49,17 @@ def check_row_columns(example: Example, required: Sequence[str], optional: Seque
     for name in (*required, *optional):
         if name in required or example.columns.get(name) is not None:
             COLUMN_CHECKS.get(name, _check_number)(example, name, example.columns[name])
+
+
+def refuse_rows(
+    examples: Iterable[Example], declared: Sequence[str], row_problem: Callable[[Mapping[str, float]], str]
+) -> None:
+    """`DataError` for the first row whose numbers, of the declared columns, a loss objects to."""
+    numbers = [name for name in declared if name != TARGET]
+    for example in examples:
+        present = {name: example.columns[name] for name in numbers if example.columns.get(name) is not None}
+        if problem := row_problem(present):
+            raise DataError(f"{example.where}: {problem}")
 
 
 def _check_number(example: Example, name: str, value: Any) -> None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from prefopt.data.answers import TARGET
 from prefopt.data.collation import Collator
+from prefopt.data.columns import refuse_rows
 from prefopt.data.dataset import TokenDataset
 from prefopt.data.formats import Example
 from prefopt.data.mismatch import has_mismatched, single_answers, with_mismatched
@@ -32,6 +33,9 @@ class Needs(Protocol):
     all_completions: bool
     mismatched: bool
 
+    def row_problem(self, columns: Mapping[str, float]) -> str:
+        """Why a row with these columns cannot be trained on; empty when it can."""
+
 
 # A row's weight multiplies its loss, whatever the loss is.
 WEIGHT = "weight"
@@ -42,7 +46,8 @@ class Preparation:
     """How raw rows become token rows: the tokenizer, the settings of a run, and what its losses declare.
 
     `paired`: True when a loss compares two answers, None when any kind of row will do. `mismatched`: rows become single
-    answers, each with a mismatched one. `say` receives the lines of the reports.
+    answers, each with a mismatched one. `row_problem`: what a loss objects to in a row's columns. `say` receives the
+    lines of the reports.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -51,6 +56,7 @@ class Preparation:
     optional_columns: tuple[str, ...] = ()
     paired: bool | None = None
     mismatched: bool = False
+    row_problem: Callable[[Mapping[str, float]], str] = lambda columns: ""
     say: Callable[..., None] = print
 
     @classmethod
@@ -59,7 +65,8 @@ class Preparation:
     ) -> Preparation:
         """What the rows of a run with this objective must be."""
         paired = True if needs.paired_required else None
-        return cls(tokenizer, args, needs.columns, needs.optional_columns, paired, needs.mismatched, say)
+        columns = needs.columns, needs.optional_columns
+        return cls(tokenizer, args, *columns, paired, needs.mismatched, needs.row_problem, say)
 
     def train_and_test(self, spec: DataSpec) -> tuple[TokenDataset, TokenDataset | None]:
         """Training rows and, where the source has some or sets some aside, test rows."""
@@ -124,6 +131,7 @@ class Preparation:
             chat_template_kwargs=args.chat_template_kwargs or {},
         )
         optional = (*self.optional_columns, WEIGHT)
+        refuse_rows(examples, (*self.columns, *optional), self.row_problem)
         tokens = tokenize_examples(examples, self.tokenizer, settings, self.columns, optional)
         self.say(*(f"{title}: {line}" for line in (*report.lines(), *tokens.report.lines())))
         _number(tokens.rows)

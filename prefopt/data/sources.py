@@ -191,9 +191,10 @@ class _Loader:
             return unpair(example)
         if example.paired is not self._paired:
             names = {True: "a pair (chosen, rejected)", False: "a labelled answer (completion, label)"}
+            readers = "" if example.paired else ", such as kto or sft"
             raise DataError(
                 f"{example.where}: the row is {names[example.paired]}, but {names[self._paired]} is needed here. "
-                "Choose a loss that reads such rows, or other data."
+                f"Choose a loss that reads such rows{readers}, or other data."
             )
         return (example,)
 

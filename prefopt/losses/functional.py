@@ -93,10 +93,10 @@ def score_problem(columns: Mapping[str, float], alpha: float, f: str) -> str:
         return "`odpo` reads the scores of both answers: give each row `score_chosen` and `score_rejected`, or `offset`"
     chosen, rejected = columns["score_chosen"], columns["score_rejected"]
     scores = f"`score_chosen` is {chosen} and `score_rejected` {rejected}"
-    if alpha and f == "log" and chosen < rejected:
-        return f"{scores}: they contradict the label, and a negative gap has no logarithm (f: identity takes it)"
     if alpha and f == "log_ratio" and min(chosen, rejected) <= 0:
         return f"{scores}: the logarithm of their ratio wants both above 0"
+    if alpha and chosen < rejected:
+        return f"{scores}: they contradict the label. Swap the two answers, leave the row out, or write alpha: 0"
     return ""
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import re
 import textwrap
+from typing import NamedTuple
 
 from prefopt.losses.base import Loss, Needs
 from prefopt.losses.knobs import Knob, knobs_of
@@ -28,19 +29,39 @@ def page(name: str) -> str:
     return "\n\n".join([head, *blocks]) + "\n"
 
 
-def table_rows() -> list[tuple[str, str, str, str]]:
-    """(name, paper, what it needs, one line) of every registered loss, in order of name."""
+class Summary(NamedTuple):
+    """A loss in a line of a table; `columns` has the optional ones in brackets, `defaults` every knob."""
+
+    name: str
+    paper: str
+    data: str
+    reference: str
+    columns: str
+    defaults: str
+    line: str
+
+
+def table_rows() -> list[Summary]:
+    """Every registered loss, in order of name."""
     rows = []
     for name in names():
-        _, paper, summary = _opening(get(name))
-        rows.append((name, paper, needs_summary(get(name).needs), " ".join(summary.split())))
+        loss = get(name)
+        _, paper, summary = _opening(loss)
+        data, reference, *more = needs_parts(loss.needs)
+        defaults = ", ".join(f"{knob.name} {_default(knob)}" for knob in knobs_of(loss))
+        rows.append(Summary(name, paper, data, reference, ", ".join(more), defaults, " ".join(summary.split())))
     return rows
 
 
 def needs_summary(needs: Needs) -> str:
     """The needs in a few words: "pairs, reference log-probs, [preference]"; optional columns in brackets."""
+    return ", ".join(needs_parts(needs))
+
+
+def needs_parts(needs: Needs) -> list[str]:
+    """The needs one by one: the data, the reference, then statistics and columns, optional ones in brackets."""
     columns = [*needs.columns, *(f"[{column}]" for column in needs.optional_columns)]
-    return ", ".join([_data(needs), _REFERENCE[needs.reference], *needs.statistics, *columns])
+    return [_data(needs), _REFERENCE[needs.reference], *needs.statistics, *columns]
 
 
 def _opening(loss: type[Loss]) -> tuple[str, str, str]:
@@ -65,9 +86,12 @@ def _knob_table(loss: type[Loss]) -> str:
 
 
 def _knob_line(knob: Knob) -> str:
-    default = "null" if knob.default is None else str(knob.default)
-    facts = [f"default {default}", knob.range, knob.help, knob.published and f"published: {knob.published}"]
+    facts = [f"default {_default(knob)}", knob.range, knob.help, knob.published and f"published: {knob.published}"]
     return f"{knob.name}: " + "; ".join(fact for fact in facts if fact)
+
+
+def _default(knob: Knob) -> str:
+    return "null" if knob.default is None else str(knob.default)
 
 
 def _needs_text(needs: Needs, unit: str) -> str:

@@ -100,7 +100,7 @@ def check_rows(needs: Needs, *, paired: bool, columns: Collection[str], name: st
     if needs.view == "pairs" and not paired:
         raise DataError(
             f"`{name}` compares two answers to one prompt, but the data has single answers. "
-            "Give pairs (prompt, chosen, rejected), or choose a loss that reads single answers."
+            "Give pairs (prompt, chosen, rejected), or choose a loss that reads single answers, such as kto or sft."
         )
     for column in needs.columns:
         if column not in columns:

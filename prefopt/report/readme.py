@@ -25,6 +25,8 @@ from prefopt.recipe import bundled_recipes
 
 ROOT = Path(__file__).resolve().parents[2]
 README = ROOT / "README.md"
+# What the tests compare a loss with, and what the claims of papers came to; a loss without a line has its formula.
+EVIDENCE = ROOT / "tests" / "oracle" / "evidence.json"
 
 _BLOCK = re.compile(r"<!-- generated: (\w+) -->\n.*?<!-- end -->", re.DOTALL)
 _ARXIV = re.compile(r"arXiv (\d{4}\.\d{4,5})")
@@ -48,9 +50,15 @@ def renewed(text: str) -> str:
 
 
 def losses_table() -> str:
-    """Every registered loss: name, paper, what it needs, and what it does."""
-    rows = ((f"`{name}`", _linked(paper), needs, summary) for name, paper, needs, summary in table_rows())
-    return _table(("loss", "paper", "needs", "in a sentence"), rows)
+    """Every registered loss: what it does and needs, what it is checked against, and whether its claim was seen."""
+    found = json.loads(EVIDENCE.read_text(encoding="utf-8"))
+    head = ("loss", "in a sentence", "paper", "data", "reference", "columns", "defaults", "oracle", "claim seen")
+    rows = (
+        (f"`{loss.name}`", loss.line, _linked(loss.paper), loss.data, loss.reference, loss.columns, loss.defaults,
+         _oracle(found.get(loss.name, {})), _claims(found.get(loss.name, {})))
+        for loss in table_rows()
+    )  # fmt: skip
+    return _table(head, rows)
 
 
 def recipes_table() -> str:
@@ -111,6 +119,19 @@ def _part(name: str) -> str:
 def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines)
+
+
+def _oracle(evidence: dict[str, Any]) -> str:
+    """Every loss has a formula of its own in tests/oracle/float64.py; some have a counterpart in TRL as well."""
+    return f"formula, TRL's `{evidence['trl']}`" if "trl" in evidence else "formula"
+
+
+def _claims(evidence: dict[str, Any]) -> str:
+    links = [
+        f"[{claim}](examples/claims/{script}.py): {'seen' if seen else 'not seen'}"
+        for script, claim, seen in evidence.get("claims", ())
+    ]
+    return "; ".join(links)
 
 
 def _linked(paper: str) -> str:

@@ -249,9 +249,10 @@ def test_the_page_has_every_section(loss):
 
 @every_loss
 def test_the_table_names_paper_and_purpose(loss):
-    name, paper, needs, line = next(row for row in table_rows() if row[0] == loss.name)
-    assert "arXiv" in paper or "http" in paper
-    assert needs and line and "\n" not in line, name
+    row = next(row for row in table_rows() if row.name == loss.name)
+    assert "arXiv" in row.paper or "http" in row.paper
+    assert row.data and row.reference and row.line and "\n" not in row.line
+    assert all(knob.name in row.defaults for knob in knobs_of(type(loss)))
 
 
 @every_loss

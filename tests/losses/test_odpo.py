@@ -202,8 +202,9 @@ def test_nothing_is_floored_where_a_small_gap_has_a_value(f):
         ({}, {"offset": -1.0, "score_chosen": 1.0, "score_rejected": 2.0}, ""),
         ({}, {"score_chosen": 2.0, "score_rejected": 2.0}, ""),
         ({}, {"score_chosen": -2, "score_rejected": -3}, ""),
-        ({"f": "identity"}, {"score_chosen": 1.0, "score_rejected": 2.0}, ""),
-        ({"f": "log_ratio"}, {"score_chosen": 1.0, "score_rejected": 2.0}, ""),
+        ({"alpha": 0}, {"score_chosen": 1.0, "score_rejected": 2.0}, ""),
+        ({"f": "identity"}, {"score_chosen": 1.0, "score_rejected": 2.0}, "they contradict the label"),
+        ({"f": "log_ratio"}, {"score_chosen": 1.0, "score_rejected": 2.0}, "they contradict the label"),
     ],
 )
 def test_rows_that_have_no_offset_are_refused(knobs, columns, words):

@@ -49,6 +49,17 @@ def test_steps(load):
     assert "32 = 8 a device x 2 accumulated x devices: 2" in line(text, "effective batch")
     assert line(text, "steps").endswith("2 an epoch, 3 in all (epochs: 1.5)")
     assert line(explain(load("--max_steps=9")), "steps").endswith("9 (max_steps)")
+
+
+def test_a_run_of_one_step_with_warm_up_is_told(load):
+    one = ("--per_device_train_batch_size=64", "--num_train_epochs=1")
+    assert "its learning rate is 0, so nothing is learnt" in explain(load(*one, "--warmup_steps=0.1"))
+    assert "nothing is learnt" not in explain(load(*one)) + explain(load("--warmup_steps=0.1"))
+
+
+def test_columns_that_a_loss_cannot_do_without_are_missed(load):
+    text = explain(load("--loss.name=odpo"))
+    assert "The data is refused: " in text and "pairs.jsonl:1: `odpo` reads the scores of both answers" in text
     assert "40 to train on, 10 to evaluate on" in line(explain(load("--test_split_size=0.2")), "rows")
 
 

@@ -22,6 +22,7 @@ from prefopt.losses.registry import forget
 from prefopt.recipe import bundled_recipes, load_recipe
 from prefopt.report import readme
 from tests.helpers import make_model, make_tokenizer
+from tests.oracle import test_against_trl
 
 TEXT = readme.README.read_text(encoding="utf-8")
 MODEL = "Qwen/Qwen2.5-0.5B-Instruct"
@@ -79,8 +80,19 @@ def test_an_old_part_is_noticed_and_rewritten(tmp_path, monkeypatch, capsys):
     assert readme.main([]) == 0
     new = old.read_text()
     assert "gone" not in new
-    assert "| `dpo` | [arXiv 2305.18290](https://arxiv.org/abs/2305.18290), eq. 7 | pairs, reference log-probs" in new
+    paper = "[arXiv 2305.18290](https://arxiv.org/abs/2305.18290), eq. 7"
+    assert f"{paper} | pairs | reference log-probs | [preference] | beta 0.1 | formula, TRL's `sigmoid` |" in new
+    assert "[keeps chosen answers likely where DPO does not](examples/claims/near_identical_pairs.py): seen |" in new
     assert (new.startswith("before\n"), new.endswith("\nafter\n")) == (True, True)
+
+
+def test_evidence_is_of_losses_and_tests_that_there_are():
+    evidence = json.loads(readme.EVIDENCE.read_text())
+    cases = [*test_against_trl.WITH_REFERENCE, *test_against_trl.WITHOUT_REFERENCE, test_against_trl.KTO]
+    compared = {name for case in cases for _, name, _ in case.terms}
+    assert {name for name, found in evidence.items() if "trl" in found} == compared
+    claims = {script for found in evidence.values() for script, _, _ in found.get("claims", ())}
+    assert claims == {path.stem for path in (readme.ROOT / "examples/claims").glob("*.py")} - {"common"}
 
 
 def test_a_part_that_nothing_generates_is_refused():
