@@ -29,6 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from reviews import Size, World, make_world
 
 KL = 3.0
+LAST = 200
 DENSE = (
     25,
     50,
@@ -39,6 +40,7 @@ DENSE = (
     100,
 )  # DPO passes the KL of the comparison early; a long chord would flatter the others
 SPARSE = (25, 50, 100, 150, 200)
+LONG = (50, 100, 150, 200, 250, 300)  # what is held back needs more steps to the same KL
 
 
 @dataclass(frozen=True)
@@ -69,16 +71,20 @@ class Run:
                 return low + (high - low) * (kl - left) / max(right - left, 1e-9)
         return None
 
+    def end(self, name: str) -> float:
+        """A figure at the last step that every line of the comparison has, or before it."""
+        return next(point[name] for point in reversed(self.curve) if point["step"] <= LAST)
+
 
 def settings() -> list[Setting]:
     """The lines of the comparison; those with `tuned` are DPO's answer to it."""
     return [
-        Setting("DPO", make("dpo"), (*DENSE, 200)),
+        Setting("DPO", make("dpo"), (*DENSE, 120, 150, 200)),
         Setting("f-DPO, forward KL", make("fdpo", divergence="forward_kl")),
         Setting("TDPO1", make("tdpo1")),
-        Setting("TDPO2, alpha 0.25", make("tdpo2", alpha=0.25)),
+        Setting("TDPO2, alpha 0.25", make("tdpo2", alpha=0.25), LONG),
         Setting("TDPO2, alpha 0.5", make("tdpo2", alpha=0.5)),
-        Setting("DPO, lr 1.2e-4", make("dpo"), (*DENSE, 150, 200), learning_rate=1.2e-4, tuned=True),
+        Setting("DPO, lr 1.2e-4", make("dpo"), (50, 100, 150, 200), learning_rate=1.2e-4, tuned=True),
         Setting("DPO, beta 1", make("dpo", beta=1.0), tuned=True),
     ]
 
@@ -138,7 +144,7 @@ def arguments(world: World, **given: Any) -> PreferenceConfig:
         save_strategy="no",
         logging_steps=50,
         disable_tqdm=True,
-        reference={"source": "live"},
+        reference={"store": str(world.folder / "_store")},
         resume="never",
         **given,
     )
@@ -154,13 +160,22 @@ def spread(values: Sequence[float | None]) -> str:
 
 def table(runs: Sequence[Run]) -> str:
     """Every line of the comparison: at equal KL, at the end, and on held-out pairs."""
-    head = ("loss", "seeds", f"reward at KL {KL:g}", "judge", "end: reward", "KL", "distinct-2", "accuracy", "entropy")
+    head = (
+        "loss",
+        "seeds",
+        f"reward at KL {KL:g}",
+        "judge",
+        f"step {LAST}: reward",
+        "KL",
+        "distinct-2",
+        "accuracy",
+        "entropy",
+    )
     lines = [(*head, "SeqKL chosen", "rejected")]
     for label in dict.fromkeys(run.label for run in runs):
         own = [run for run in runs if run.label == label]
-        ends = [run.curve[-1] for run in own]
         figures = [spread([run.at(name) for run in own]) for name in ("reward", "judge")]
-        figures += [spread([end[name] for end in ends]) for name in ("reward", "kl", "distinct")]
+        figures += [spread([run.end(name) for run in own]) for name in ("reward", "kl", "distinct")]
         figures += [
             spread([run.held_out.get(name) for run in own])
             for name in ("accuracy", "entropy", "seqkl/chosen", "seqkl/rejected")
@@ -187,7 +202,7 @@ def verdicts(runs: Sequence[Run]) -> list[str]:
     else:
         lines.append(f"not shown: no pair of runs passed KL {KL:g}, so rewards cannot be compared there")
     if half:
-        kl = [(half[seed].curve[-1]["kl"], dpo[seed].curve[-1]["kl"]) for seed in dpo.keys() & half.keys()]
+        kl = [(half[seed].end("kl"), dpo[seed].end("kl")) for seed in dpo.keys() & half.keys()]
         share = fmean(ours / theirs for ours, theirs in kl)
         lines.append(_said(f"TDPO2 (0.5) ends with {share:.2f} of DPO's KL; under 0.5 wanted", share < 0.5))
     if one:
@@ -240,7 +255,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("runs/frontier"))
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--only", nargs="*", help="labels of the lines to train")
-    parser.add_argument("--steps", type=int, default=200, help="the last step")
+    parser.add_argument("--steps", type=int, default=max(LONG), help="no run goes beyond this step")
     parser.add_argument("--prompts", type=int, default=Size.prompts)
     parser.add_argument("--epochs", type=int, default=Size.epochs, help="of the base model")
     options = parser.parse_args()
