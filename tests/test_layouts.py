@@ -12,7 +12,7 @@ from prefopt.errors import UserError
 from prefopt.layouts import is_shared
 from tests.helpers import make_model, make_tokenizer, text_pairs
 from tests.scoring.families import build
-from tests.scoring.test_attention import LFM2
+from tests.scoring.test_attention import GPT_NEO, LFM2
 from tests.training import make_trainer, trained, weights
 
 VOCABULARY = len(make_tokenizer())
@@ -60,6 +60,16 @@ def test_models_that_cannot_share_fall_back_or_are_refused(tmp_path, capsys, kin
     assert reason in said(capsys)
     with pytest.raises(UserError, match=f"{reason}.*row_layout: plain"):
         make_trainer(tmp_path, LONG, model=model_that_cannot(kind), row_layout="shared", reference=False, **long_enough)
+
+
+def test_the_longest_row_is_tried(tmp_path, capsys):
+    """A window inside the model shows only in rows that are longer than it."""
+    model = build("gpt_neo", **{**GPT_NEO, "vocab_size": VOCABULARY, "window_size": 40})
+    rows = [*text_pairs(6), LONG[0]]
+    trainer = make_trainer(tmp_path, rows, model=model, reference=False, max_length=64)
+    assert [width > 40 for width in trainer.train_dataset.widths(shared=True)] == [False] * 6 + [True]
+    assert not is_shared(trainer.data_collator)
+    assert "nats a token" in said(capsys)
 
 
 def test_a_reference_that_cannot_share_counts_as_well(tmp_path, capsys):
@@ -152,8 +162,17 @@ def test_evaluation_is_the_same_in_both_layouts(tmp_path):
         assert figures[1][name] == pytest.approx(figures[0][name], abs=2e-6, rel=1e-6)
 
 
-def test_a_resumed_run_keeps_its_layout(tmp_path):
+def test_a_resumed_run_keeps_its_layout(tmp_path, monkeypatch):
+    """Rows are grouped by what the layout makes of them, so another layout is another order."""
     settings = {"save_strategy": "steps", "save_steps": 1, "per_device_train_batch_size": 4}
-    make_trainer(tmp_path, LONG, row_layout="shared", **settings).train()
-    with pytest.raises(UserError, match="layout: shared in the checkpoint, plain now"):
-        make_trainer(tmp_path, LONG, row_layout="plain", **settings).train(resume_from_checkpoint=True)
+    make_trainer(tmp_path, LONG, **settings).train()
+    monkeypatch.setattr("prefopt.layouts._WORTH", 0.99)
+    with pytest.raises(UserError, match="\n  layout: shared in the checkpoint, plain now"):
+        make_trainer(tmp_path, LONG, **settings).train(resume_from_checkpoint=True)
+
+
+@pytest.mark.parametrize("layout", ["plain", "shared"])
+def test_rows_are_grouped_by_what_the_layout_makes_of_them(tmp_path, layout):
+    trainer = make_trainer(tmp_path, LONG, row_layout=layout)
+    widths = trainer.train_dataset.widths(shared=layout == "shared")
+    assert trainer.get_train_dataloader().batch_sampler.lengths.tolist() == widths
