@@ -1,6 +1,6 @@
 """Does token-level KL control buy more reward for the same divergence? (TDPO, arXiv 2404.11999, figure 3 and table 1)
 
-    python examples/claims/frontier.py                  # the embedded world
+    python examples/claims/frontier.py [--seeds 3]      # the embedded world
     python examples/claims/frontier.py --data FOLDER    # real reviews: reviews_pos.txt and reviews_neg.txt in FOLDER
 
 DPO, f-DPO with forward KL, TDPO1 and TDPO2 train on the same pairs; reward and KL to the base model are measured along
@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import pairwise
@@ -20,13 +19,11 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
+from reviews import Size, World, make_world
 from transformers import PreTrainedModel, TrainerCallback
 
 from prefopt import PreferenceConfig, PreferenceTrainer
 from prefopt.losses import Loss, make
-
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-from reviews import Size, World, make_world
 
 KL = 3.0
 LAST = 200
@@ -41,6 +38,12 @@ DENSE = (
 )  # DPO passes the KL of the comparison early; a long chord would flatter the others
 SPARSE = (25, 50, 100, 150, 200)
 LONG = (50, 100, 150, 200, 250, 300)  # what is held back needs more steps to the same KL
+
+REVIEWS = Size()
+GRAMMAR = Size(vocabulary=1024, new_tokens=60)
+TINY = Size(
+    vocabulary=512, width=16, layers=1, epochs=1, texts=400, prompts=40, held_out=24, held_out_pairs=16, new_tokens=8
+)
 
 
 @dataclass(frozen=True)
@@ -256,16 +259,10 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--only", nargs="*", help="labels of the lines to train")
     parser.add_argument("--steps", type=int, default=max(LONG), help="no run goes beyond this step")
-    parser.add_argument("--prompts", type=int, default=Size.prompts)
-    parser.add_argument("--epochs", type=int, default=Size.epochs, help="of the base model")
+    parser.add_argument("--quick", action="store_true", help="everything tiny: to see that it runs")
     options = parser.parse_args()
     options.output.mkdir(parents=True, exist_ok=True)
-    size = Size(
-        epochs=options.epochs,
-        prompts=options.prompts,
-        vocabulary=2048 if options.data else 1024,
-        new_tokens=22 if options.data else 60,
-    )
+    size = TINY if options.quick else REVIEWS if options.data else GRAMMAR
     world = make_world(options.output, options.data, size)
     print(
         f"{len(world.pairs):,} pairs, {len(world.held_out_pairs)} held out; {len(world.prompts)} prompts to evaluate on"
@@ -277,7 +274,7 @@ def main() -> None:
                 continue
             if setting.tuned and seed > 1:
                 continue
-            steps = tuple(step for step in setting.steps if step <= options.steps) or (options.steps,)
+            steps = (2, 4) if options.quick else tuple(step for step in setting.steps if step <= options.steps)
             runs.append(train(world, Setting(setting.label, setting.loss, steps, setting.learning_rate), seed))
             (options.output / "frontier.json").write_text(json.dumps([asdict(run) for run in runs], indent=1))
             curve = ", ".join(f"{point['reward']:.2f} at {point['kl']:.2f}" for point in runs[-1].curve)

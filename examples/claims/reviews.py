@@ -40,12 +40,17 @@ _WORD = re.compile(r"[a-z']+")
 
 @dataclass(frozen=True)
 class Size:
-    """How much of everything: `epochs` of the base model, `prompts` to make pairs on, `held_out` to evaluate on."""
+    """How much of everything.
+
+    `epochs` of the base model over at most `texts`, `prompts` to make pairs on, `held_out` prompts and `held_out_pairs`
+    to evaluate on, `new_tokens` of an answer at most.
+    """
 
     vocabulary: int = 2048
     width: int = 128
     layers: int = 4
     epochs: int = 6
+    texts: int = 10_000
     prompts: int = 2560
     held_out: int = 512
     held_out_pairs: int = 256
@@ -110,6 +115,7 @@ def make_world(folder: Path, data: Path | None, size: Size) -> World:
         texts, held_out, reward, judge = _real(positive, positive.with_name("reviews_neg.txt"))
     else:
         texts, held_out, reward, judge = _embedded(folder)
+    texts = texts[: size.texts]
     if not (folder / "base" / "config.json").exists():
         _train_base(folder, texts, size)
     tokenizer = load_tokenizer(str(folder / "base"))
