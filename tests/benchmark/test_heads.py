@@ -41,3 +41,14 @@ def test_the_floor_does_as_many_products_as_it_says(loss):
         multiply(inputs, PRODUCTS[loss])
     one = 2 * SHAPE.tokens * SHAPE.width * SHAPE.vocabulary
     assert counter.get_total_flops() == PRODUCTS[loss] * one
+
+
+@pytest.mark.parametrize(("loss", "chosen", "rejected"), [("tdpo1", 1.0, 1.0), ("tdpo2", 0.0, 0.5)])
+def test_the_divergences_pull_as_the_paper_says(loss, chosen, rejected):
+    """Gradients by the divergence of a token are those by its log-probability, times this."""
+    logp, kl = torch.zeros(16, requires_grad=True), torch.ones(16, requires_grad=True)
+    value = _LOSSES[loss]({"logp": logp, "ref_logp": torch.zeros(16), "forward_kl": kl})
+    by_logp, by_kl = torch.autograd.grad(value, (logp, kl))
+    torch.testing.assert_close(by_kl[:8], chosen * by_logp[:8])
+    torch.testing.assert_close(by_kl[8:], rejected * by_logp[8:])
+    assert (by_logp[:8] < 0).all() and (by_logp[8:] > 0).all()
