@@ -9,7 +9,7 @@ import torch
 from peft import LoraConfig
 
 from prefopt.errors import UserError
-from prefopt.layouts import is_shared
+from prefopt.layouts import choose_layout, is_shared
 from tests.helpers import make_model, make_tokenizer, text_pairs
 from tests.scoring.families import build
 from tests.scoring.test_attention import GPT_NEO, LFM2
@@ -176,3 +176,11 @@ def test_rows_are_grouped_by_what_the_layout_makes_of_them(tmp_path, layout):
     trainer = make_trainer(tmp_path, LONG, row_layout=layout)
     widths = trainer.train_dataset.widths(shared=layout == "shared")
     assert trainer.get_train_dataloader().batch_sampler.lengths.tolist() == widths
+
+
+@pytest.mark.parametrize(("kernel", "masked"), [("sdpa", False), ("eager", False), ("flash_attention_2", True)])
+def test_plain_rows_have_a_mask_where_the_kernel_skips_padding(tmp_path, monkeypatch, kernel, masked):
+    trainer = make_trainer(tmp_path, text_pairs(4), row_layout="plain")
+    monkeypatch.setattr(trainer.model.config, "_attn_implementation_internal", kernel)
+    choose_layout(trainer, own_collator=False)
+    assert ("attention_mask" in trainer.data_collator(list(trainer.train_dataset.rows))) is masked

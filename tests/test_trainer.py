@@ -186,7 +186,7 @@ def test_rows_are_grouped_by_what_is_read(tmp_path):
     rows = [{"prompt": "the", "chosen": " a" * (2 + length), "rejected": " cat" * (50 - length)} for length in lengths]
     trainer = make_trainer(tmp_path, rows, loss="sft", per_device_train_batch_size=4)
     for batch in trainer.get_train_dataloader():
-        read = batch["attention_mask"].sum(1)
+        read = (batch["input_ids"] != trainer.data_collator.pad_token_id).sum(1)
         assert int(read.max() - read.min()) == 3
 
 

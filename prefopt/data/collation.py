@@ -38,7 +38,8 @@ class Collator:
     their reference scores add `ref_logp` `[M]`, and those that know where more of it is stored `reference` `[M, D]`;
     with `mismatched` a batch of the same rows, each prompt before the answer it was matched with, lies beside under
     that name. Unpaired rows are put in the order of their completions. With `all_completions=False` only chosen
-    (desirable) ones are laid out; with `targets` the targets of pairs as well.
+    (desirable) ones are laid out; with `targets` the targets of pairs as well. `masks_padding` False leaves
+    `attention_mask` out of plain rows: padding comes last, where no token of a causal model sees it.
     """
 
     pad_token_id: int = 0
@@ -49,6 +50,7 @@ class Collator:
     columns: tuple[str, ...] = ()
     pad_to_multiple_of: int = 1
     shared: bool = False
+    masks_padding: bool = True
 
     def __call__(self, rows: Sequence[Row]) -> Batch:
         rows = sorted(rows, key=lambda row: not row.get("desirable", True))
@@ -91,6 +93,8 @@ class Collator:
         arrays, read = lay_out(
             completions, shared=self.shared, pad_token_id=self.pad_token_id, multiple=self.pad_to_multiple_of
         )
+        if not self.masks_padding:
+            arrays.pop("attention_mask", None)
         batch: Batch = {name: torch.from_numpy(array) for name, array in arrays.items()}
         positions = batch["input_ids"].numel()
         batch["reading"] = {"padding": (positions - read, positions), "unique_tokens": (read, rows)}

@@ -220,3 +220,13 @@ def test_models_without_a_plain_head_are_refused() -> None:
         enable_scoring(helpers.make_model().model)
     with pytest.raises(UserError, match="not a transformers model"):
         enable_scoring(nn.Linear(2, 2))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_padding_at_the_end_needs_no_mask(family: str) -> None:
+    """Without one, attention takes its causal kernel; no scored token may notice."""
+    rows, model = batch(), build(family)
+    enable_scoring(model)
+    masked = model(**rows)["logp"]
+    rows.pop("attention_mask")
+    torch.testing.assert_close(model(**rows)["logp"], masked, atol=2e-6, rtol=0)
