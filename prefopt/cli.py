@@ -28,7 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         # A rank may fail alone, so each speaks; only the first speaks plainly.
         rank = "" if _is_first_rank() else f"[rank {os.environ['RANK']}] "
-        print(f"{rank}error: {error}", file=sys.stderr, flush=True)
+        print(f"{rank}error: {_message(error)}", file=sys.stderr, flush=True)
         return 2
     except Stopped as stop:
         return int(str(stop.code))
@@ -38,6 +38,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
     finally:
         _leave_together()
+
+
+def _message(error: UserError) -> str:
+    """What an error says; one from a process that loads data comes wrapped in the traceback it had there."""
+    text = str(error)
+    return text.rpartition(f"{type(error).__name__}: ")[2].strip() if text.startswith("Caught ") else text
 
 
 def _parser() -> argparse.ArgumentParser:

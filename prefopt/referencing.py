@@ -30,7 +30,7 @@ from prefopt.reference.live import (
     plan_reference,
 )
 from prefopt.reference.record import check_reference, record_reference
-from prefopt.reference.store import Entry, Store
+from prefopt.reference.store import Entry, Store, entry_path
 from prefopt.reference.upkeep import size
 
 if TYPE_CHECKING:
@@ -168,7 +168,7 @@ def _cached(
         wanted = settings.get("form", "auto")
         form = choose_form(wanted, source, trainer.model, collator, trainer.objective.statistics)
     answers = answers_of(_datasets(trainer), all_completions=trainer.objective.all_completions)
-    folder = Store(settings.get("store")).folder
+    store = Store(settings.get("store"))
     entry, reason = None, ""
     if trainer.accelerator.is_main_process:
         try:
@@ -177,7 +177,7 @@ def _cached(
             reason = str(error)
     reason = broadcast_object_list([reason])[0]
     if not reason and isinstance(form, WholeForm):
-        reason = _out_of_sight(folder)
+        reason = _out_of_sight(store.folder)
     if reason and must:
         raise UserError(reason)
     if reason:
@@ -188,7 +188,7 @@ def _cached(
         identity,
         entry,
         form,
-        folder,
+        entry_path(store.folder, identity.key, form.kind),
         collator=collator,
         batch_size=settings.get("batch_size") or _TOGETHER * args.per_device_train_batch_size,
         all_completions=trainer.objective.all_completions,

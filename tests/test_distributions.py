@@ -8,15 +8,20 @@ import pytest
 import torch
 from peft import LoraConfig
 
-from prefopt.errors import UserError
 from prefopt.losses import Loss, LossOutput, Needs, Objective, Pairs, make
 from prefopt.losses.functional import logistic, pair_metrics
 from prefopt.reference.live import AdapterOff, FrozenModel
+from tests import training
 from tests.helpers import make_model, text_pairs
-from tests.training import make_trainer, trained, weights
+from tests.training import trained, weights
 
 ROWS = text_pairs(8)
 STEPS = {"max_steps": 4, "per_device_train_batch_size": 8, "optim": "adamw_torch", "learning_rate": 0.01}
+
+
+def make_trainer(*args, **settings):
+    """A trainer whose reference is scored beside the policy: `auto` would keep so little data in the store."""
+    return training.make_trainer(*args, **{"reference_block": {"source": "live"}, **settings})
 
 
 def lora(**settings):
@@ -98,13 +103,6 @@ def test_evaluation_and_checkpointing_work(tmp_path):
     torch.testing.assert_close(weights(trainer.model), weights(plain.model), rtol=0, atol=1e-6)
 
 
-def test_a_store_is_refused_and_auto_goes_live(tmp_path):
-    with pytest.raises(UserError, match="cannot be cached yet"):
-        make_trainer(tmp_path, ROWS, loss="tdpo2", reference=False, reference_block={"source": "cached"}, **STEPS)
-    trainer = make_trainer(tmp_path, ROWS, loss="tdpo2", reference=False, reference_block={"source": "auto"}, **STEPS)
-    assert trainer.reference.summary.startswith("live")
-
-
 def test_half_precision_weights_train(tmp_path, tokenizer):
     model = make_model(vocab_size=len(tokenizer), dtype=torch.bfloat16)
     lines = logs(make_trainer(tmp_path, ROWS, model=model, loss="tdpo2", reference=False, **STEPS))
@@ -141,7 +139,7 @@ class Anchored(Loss):
 
 def test_a_loss_may_ask_for_the_reverse_kl_and_the_entropy(tmp_path):
     """Its gradient is that of the model's own logits, with no change anywhere else."""
-    trainer = make_trainer(tmp_path, ROWS, loss=Anchored(), per_device_train_batch_size=8)
+    trainer = make_trainer(tmp_path, ROWS, loss=Anchored(), per_device_train_batch_size=8, row_layout="plain")
     batch = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
     trainer.compute_loss(trainer.model, batch).backward()
     found = {name: parameter.grad.clone() for name, parameter in trainer.model.named_parameters()}

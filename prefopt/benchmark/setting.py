@@ -140,7 +140,7 @@ def our_trainer(
 def trl_trainer(rows: Rows, shape: Shape, given: Mapping[str, Any]) -> Trainer:
     """TRL's DPO trainer on the same rows, activations kept, reference scores precomputed."""
     from datasets import Dataset
-    from trl import DPOConfig, DPOTrainer  # type: ignore[attr-defined]
+    from trl import DPOConfig, DPOTrainer
 
     class TokenRows(DPOTrainer):
         def _prepare_dataset(self, dataset: Any, *args: Any) -> Any:

@@ -153,7 +153,7 @@ def _check_reference(draft: Draft, problems: Problems) -> None:
     if problems or not draft.losses:
         return
     try:
-        needed = build_objective(draft.losses, draft.loss_weights).reference != "none"
+        need = build_objective(draft.losses, draft.loss_weights).reference
     except RecipeError as error:
         problems.add(draft.place("loss"), "loss", str(error).removeprefix("loss: "))
         return
@@ -161,9 +161,13 @@ def _check_reference(draft: Draft, problems: Problems) -> None:
     place, reference = draft.place("reference"), draft.reference
     if reference is None:
         return
-    if not needed:
+    if need == "none":
         problems.add(place, "reference", f"{names} needs no reference, so this has no effect. Remove the block.")
     elif reference.get("source") == "none":
         problems.add(place, "reference.source", f"{names} needs a reference. Write source: auto.")
+    if reference.get("form") and need == "logp":
+        problems.add(place, "reference.form", f"has no effect: {names} compares no whole distributions. Remove it.")
+    elif reference.get("form") and reference.get("source") == "live":
+        problems.add(place, "reference.form", "has no effect with source: live. Remove one of them.")
     if reference.get("revision") and not reference.get("model"):
         problems.add(place, "reference.revision", "has no effect without reference.model. Remove it.")

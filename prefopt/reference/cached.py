@@ -47,7 +47,7 @@ class CachedReference:
     """Scores that are made before training by `source`, kept in a store, and laid beside the rows.
 
     `entry` is the store's file for this function, None on all ranks but the main one; `form` is what it holds, and
-    `folder` where it lies. `batch_size` is the number of the longest answers that are scored together. After `close` no
+    `path` where it lies. `batch_size` is the number of the longest answers that are scored together. After `close` no
     new answer can be scored; those in the store are still found.
     """
 
@@ -57,7 +57,7 @@ class CachedReference:
         identity: Identity,
         entry: Entry | None,
         form: LogProbs | WholeForm,
-        folder: Path,
+        path: Path,
         *,
         collator: Collator,
         batch_size: int,
@@ -67,7 +67,7 @@ class CachedReference:
         self.identity = identity
         self.entry = entry
         self.form = form
-        self.folder = folder
+        self.path = path
         self.collator = collator
         self.batch_size = batch_size
         self.all_completions = all_completions
@@ -170,15 +170,15 @@ class CachedReference:
         self.account.checked += len(chosen)
         model = self.source.model if isinstance(self.source, FrozenModel) else policy
         precision = self.accelerator.mixed_precision
-        gaps = {id: self.form.gap(numbers, found[id]) for id, numbers in again.items()}
-        bounds = {id: rounding_bound(model, precision, len(numbers)) for id, numbers in again.items()}
-        beyond = [(gaps[id], bounds[id]) for id in again if not gaps[id] <= BEYOND * bounds[id]]
+        gaps = [gap for id, numbers in again.items() for gap in self.form.gaps(numbers, found[id])]
+        bounds = [rounding_bound(model, precision, gap.tokens) for gap in gaps]
+        beyond = [(gap, bound) for gap, bound in zip(gaps, bounds, strict=True) if not gap.size <= BEYOND * bound]
         # Kernels differ between devices, and one rank must not stop alone.
-        for difference, bound in gather_object(beyond)[:1]:
+        for gap, bound in gather_object(beyond)[:1]:
             place = broadcast_object_list([str(self.entry.path) if self.entry is not None else ""])[0]
             raise UserError(
-                f"{place}: what is stored of an answer differs from the reference model's by {difference:.3g}"
-                f"{self.form.unit}, and rounding explains {bound:.1e}. Something outside its weights and configuration "
+                f"{place}: what is stored of an answer differs from the reference model's by {gap.size:.3g}{gap.unit}, "
+                f"and rounding explains {bound:.1e}. Something outside its weights and configuration "
                 "changes this model (hooks, a patched forward), or the file was written by such a model. Delete the "
                 "file, or write reference: {source: live}."
             )
@@ -197,7 +197,7 @@ class CachedReference:
         return f"{self.form.kind}-{self.identity.key}"
 
     def _place(self, id: bytes) -> StoredAnswer:
-        return StoredAnswer(self.folder, self.form.kind, self.identity.key, id)
+        return StoredAnswer(self.path, self.identity.key, id)
 
 
 def _refuse_missing(batch: dict[str, Any], column: str) -> None:

@@ -55,12 +55,19 @@ def _not_expected(policy: nn.Module, reference: Distribution, statistics: Collec
 def _same(one: torch.Tensor | None, other: torch.Tensor | None) -> bool:
     if one is None or other is None:
         return one is other
-    return one.shape == other.shape and torch.equal(one.to(other), other)
+    if one.shape != other.shape or one.dtype != other.dtype:
+        return False
+    return one.data_ptr() == other.data_ptr() or torch.equal(one.to(other.device), other)
 
 
 def _copy(reference: Distribution) -> Distribution:
-    """The head alone, which training does not move."""
-    bias = None if reference.bias is None else reference.bias.detach().clone()
-    return Distribution(
-        reference.hidden.detach(), reference.head.detach().clone(), bias, reference.scale, reference.softcap
-    )
+    """The head alone, as it is now; one that does not train is not held twice."""
+    head, bias = (_kept(parameter) for parameter in (reference.head, reference.bias))
+    assert head is not None
+    return Distribution(reference.hidden.detach(), head, bias, reference.scale, reference.softcap)
+
+
+def _kept(parameter: torch.Tensor | None) -> torch.Tensor | None:
+    if parameter is None:
+        return None
+    return parameter.detach().clone() if parameter.requires_grad else parameter.detach()

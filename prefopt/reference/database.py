@@ -24,7 +24,7 @@ import numpy as np
 from prefopt.errors import UserError
 from prefopt.reference.rows import Row, decode
 
-VERSION = 1
+VERSION = 2
 # Seconds that one process waits for another's transaction.
 PATIENCE = 60.0
 REMEDY = (
@@ -70,11 +70,18 @@ class Header:
 @contextmanager
 def opened(path: Path) -> Iterator[sqlite3.Connection]:
     """A connection to an existing file. Its errors leave as `DamagedError`, or as `UserError` with a remedy."""
-    try:
+    with errors_of(path):
         if path.stat().st_size == 0:
             raise DamagedError("it is empty")
         with closing(_connect(path, "rw")) as db:
             yield db
+
+
+@contextmanager
+def errors_of(path: Path) -> Iterator[None]:
+    """Errors of the work with a file leave as `DamagedError`, or as `UserError` with a remedy."""
+    try:
+        yield
     except FileNotFoundError as error:
         raise DamagedError("it is gone") from error
     except OSError as error:
@@ -85,6 +92,15 @@ def opened(path: Path) -> Iterator[sqlite3.Connection]:
         raise _meaning(error, path) from error
     except UnicodeDecodeError as error:  # SQLite quotes what it cannot read
         raise DamagedError("its schema is damaged") from error
+
+
+def reader(path: Path) -> sqlite3.Connection:
+    """A connection that only reads, to be kept for many reads. Raises as `opened` does."""
+    with errors_of(path):
+        path.stat()
+        db = _connect(path, "ro")
+        read_header(db)
+        return db
 
 
 def create(path: Path, header: Header, rows: Iterable[Row] = ()) -> int:

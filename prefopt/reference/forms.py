@@ -10,7 +10,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -26,19 +26,27 @@ WHOLE = (HIDDEN, EXPECTED)
 _SCALARS = 3  # mean logit, log-normalizer and log-probability, behind each expected row
 
 
+class Gap(NamedTuple):
+    """How far two computations lie apart, in a unit, and over how many tokens rounding may have summed up."""
+
+    size: float
+    unit: str
+    tokens: int
+
+
 class LogProbs:
     """Log-probabilities of the tokens: all that most losses read, and small enough to lie in memory."""
 
-    kind, column, unit, words = LOGP, "ref_logp", " nats", "log-probabilities"
+    kind, column, words = LOGP, "ref_logp", "log-probabilities"
     token_bytes = 4
 
     def numbers(self, source: LiveReference, policy: nn.Module, batch: dict[str, Any]) -> Tensor:
         """The numbers of the tokens of a batch, `[M]`."""
         return source.scores(policy, batch)["ref_logp"]
 
-    def gap(self, numbers: np.ndarray, found: np.ndarray) -> float:
+    def gaps(self, numbers: np.ndarray, found: np.ndarray) -> list[Gap]:
         """How far two computations lie apart: the root of the sum of squares, so that two tokens cannot cancel."""
-        return float(np.linalg.norm(numbers - found))
+        return [Gap(float(np.linalg.norm(numbers - found)), " nats", len(numbers))]
 
 
 class WholeForm(ABC):
@@ -46,7 +54,7 @@ class WholeForm(ABC):
 
     kind: str
     words: str
-    column, unit = "reference", " of its own size"
+    column = "reference"
 
     @property
     @abstractmethod
@@ -61,10 +69,9 @@ class WholeForm(ABC):
     def given(self, numbers: Tensor | None, like: Tensor) -> Distribution | ExpectedRows:
         """What a policy's forward is told; `numbers` is None for no token. `like` says on which device."""
 
-    def gap(self, numbers: np.ndarray, found: StoredAnswer) -> float:
+    def gaps(self, numbers: np.ndarray, found: StoredAnswer) -> list[Gap]:
         """How far two computations lie apart, relative to their size."""
-        here, there = as_tensor(numbers).float(), found.read().float()
-        return float((here - there).norm() / there.norm())
+        return [_relative(as_tensor(numbers), found.read())]
 
 
 class HiddenStates(WholeForm):
@@ -113,3 +120,14 @@ class ExpectedHeadRows(WholeForm):
             numbers = torch.zeros(0, self.width + _SCALARS, device=like.device)
         rows, scalars = numbers.split([self.width, _SCALARS], dim=1)
         return ExpectedRows(rows, *scalars.unbind(1))
+
+    def gaps(self, numbers: np.ndarray, found: StoredAnswer) -> list[Gap]:
+        """Apart for the rows and for the log-probabilities, beside which the rows are small."""
+        here, there = as_tensor(numbers), found.read()
+        nats = float((here[:, -1] - there[:, -1]).norm())
+        return [_relative(here[:, : self.width], there[:, : self.width]), Gap(nats, " nats", len(here))]
+
+
+def _relative(here: Tensor, there: Tensor) -> Gap:
+    here, there = here.float(), there.float()
+    return Gap(float((here - there).norm() / there.norm()), " of its own size", 1)

@@ -141,10 +141,7 @@ class Entry:
     """
 
     def __init__(self, store: Store, key: str, about: Mapping[str, Any], kind: str) -> None:
-        name = f"{kind}-{key[:32]}.sqlite"
-        if not _KEY.fullmatch(key) or not _NAME.fullmatch(name):
-            raise ValueError(f"an entry has a kind in small letters and a hash as its key, not {kind} and {key}")
-        self.path = store.folder / name
+        self.path = entry_path(store.folder, key, kind)
         self._store, self._kind, self._key, self._about = store, kind, key, dict(about)
         self._lease = lease_of(self.path)
 
@@ -245,6 +242,14 @@ class Entry:
                 f"reference store: {self.path}: {removed:,} damaged row{'s' * (removed != 1)} removed, to be scored "
                 "again when needed"
             )
+
+
+def entry_path(folder: Path, key: str, kind: str) -> Path:
+    """The file of an entry. Raises `ValueError` for what is no key or kind."""
+    name = f"{kind}-{key[:32]}.sqlite"
+    if not _KEY.fullmatch(key) or not _NAME.fullmatch(name):
+        raise ValueError(f"an entry has a kind in small letters and a hash as its key, not {kind} and {key}")
+    return folder / name
 
 
 def lease_of(path: Path) -> Lease:

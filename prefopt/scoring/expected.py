@@ -37,10 +37,18 @@ def expected_rows(reference: Distribution, targets: Tensor) -> ExpectedRows:
             operands = model.operands(columns)
             for tokens in slices(len(targets), row_step):
                 weights, shrink = sums.add_(model.logits(tokens, operands), tokens, columns)
-                rows[tokens] = rows[tokens] * shrink.unsqueeze(1) + model.product(weights, operands[0])
+                rows[tokens] = rows[tokens] * shrink.unsqueeze(1) + _whole_product(model, weights, operands[0])
         rows /= sums.mass.unsqueeze(1)
         mean_logit = model.scale * torch.linalg.vecdot(model.hidden.to(model.dtype), rows)
     return ExpectedRows(rows, mean_logit, sums.lse, sums.logp)
+
+
+def _whole_product(model: TiledLogits, weights: Tensor, head: Tensor) -> Tensor:
+    """A product whose left side keeps the digits that narrow operands drop: the KL is a difference of such products."""
+    if not model.narrow:
+        return model.product(weights, head)
+    coarse = weights.to(model.operand_dtype)
+    return model.product(coarse, head) + model.product(weights - coarse.to(weights), head)
 
 
 def expected_forward_kl(policy: Distribution, lse: Tensor, reference: ExpectedRows) -> Tensor:

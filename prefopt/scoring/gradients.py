@@ -123,7 +123,8 @@ class _Part:
         z = self.policy.logits(rows, ours) if self.reads_policy else None
         r = None if self.reference is None or theirs is None else self.reference.logits(rows, theirs)
         slope = self.policy.slope(z)
-        return self.upstream.at(rows).at_logits(z, r, columns).mul_(slope)
+        gradient = self.upstream.at(rows).at_logits(z, r, columns)
+        return gradient if isinstance(slope, float) and slope == 1.0 else gradient.mul_(slope)
 
 
 def _parts(upstream: Upstream, policy: TiledLogits, reference: TiledLogits | None, for_hidden: bool) -> list[_Part]:

@@ -58,7 +58,9 @@ def test_each_row_is_seen_once_an_epoch(two_ranks, name):
 def test_logged_figures_are_those_of_one_rank(tmp_path, two_ranks, name):
     one = run(CASES[name], str(tmp_path), world=1)
     for ours, theirs in zip(two_ranks[0][name]["logs"], one["logs"], strict=True):
-        for key in theirs.keys() - OF_THE_SPLIT:
+        # Before the first step a margin is rounding, and so is its sign.
+        told = OF_THE_SPLIT | ({"rewards/accuracies"} if abs(theirs.get("rewards/margins", 1.0)) < 1e-6 else set())
+        for key in theirs.keys() - told:
             assert ours[key] == pytest.approx(theirs[key], rel=1e-4, abs=1e-6), key
     figures = {key for key in one["evaluation"] if "/" in key or key.endswith(("loss", "entropy"))}
     for key in figures:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
+import sqlite3
+from contextlib import closing
 
 import numpy as np
 import pytest
 import torch
 from peft import LoraConfig
-from transformers import Gemma2Config, Gemma2ForCausalLM
+from transformers import Gemma2Config, Gemma2ForCausalLM, PhiConfig, PhiForCausalLM
 
 from prefopt.errors import UserError
 from prefopt.reference.cached import CachedReference
@@ -28,13 +30,15 @@ HEAD_TOO = {**LORA, "modules_to_save": ["lm_head"]}
 def build(tmp_path):
     """A trainer of a loss that compares distributions, with a store of this test's own."""
 
-    def make(*, source="cached", form="auto", adapter=None, reference=None, folder="run", loss="tdpo2", **settings):
+    def make(
+        *, rows=ROWS, source="cached", form="auto", adapter=None, reference=None, folder="run", loss="tdpo2", **settings
+    ):
         block = {"source": source, "form": form, "store": str(tmp_path / "store"), **(reference or {})}
         model = settings.pop("model", None) or helpers.make_model(vocab_size=len(helpers.make_tokenizer()))
         peft_config = adapter and LoraConfig(**adapter)
         return make_trainer(
             tmp_path / folder,
-            ROWS,
+            rows,
             model=model,
             loss=loss,
             reference=settings.pop("explicit", False),
@@ -153,9 +157,73 @@ def test_a_damaged_row_is_computed_again(build):
 
 def test_numbers_that_go_while_training_are_missed_by_name(build):
     trainer = build()
-    trainer.reference.entry.path.unlink()
+    with closing(sqlite3.connect(trainer.reference.entry.path)) as db, db:
+        db.execute("DELETE FROM rows WHERE rowid IN (2, 5, 11)")
     with pytest.raises(UserError, match=r"hidden-.*gone or damaged.*same command again"):
         trainer.train()
+
+
+def test_a_file_deleted_while_training_is_read_to_its_end(build):
+    trainer = build()
+    trainer.train_dataset.rows[0]["chosen_reference"].read()
+    trainer.reference.entry.path.unlink()
+    trainer.train()
+    assert not trainer.reference.entry.path.exists(), "reading makes no file"
+
+
+PHI = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+
+
+def with_bias():
+    """A model whose output head has a bias, and not one of zeros."""
+    torch.manual_seed(0)
+    model = PhiForCausalLM(PhiConfig(vocab_size=len(helpers.make_tokenizer()), **PHI))
+    torch.nn.init.normal_(model.lm_head.bias)
+    return model
+
+
+@pytest.mark.parametrize("adapter", [None, LORA], ids=["hidden", "expected"])
+def test_a_head_with_a_bias(build, adapter):
+    trainer = build(model=with_bias(), adapter=adapter)
+    live = build(model=with_bias(), adapter=adapter, source="live")
+    for each in (trainer, live):
+        with torch.no_grad():
+            for parameter in each.model.parameters():
+                if parameter.requires_grad:
+                    parameter.add_(0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)))
+    assert scores(live)["forward_kl"].max() > 1e-3
+    torch.testing.assert_close(scores(trainer), scores(live), atol=4e-6, rtol=0)
+
+
+def test_a_bias_that_differs_or_trains_leaves_hidden_states(build):
+    other = with_bias()
+    with torch.no_grad():
+        other.lm_head.bias.add_(1.0)
+    assert isinstance(build(model=with_bias(), adapter=LORA, explicit=other).reference.form, HiddenStates)
+    trains = build(model=with_bias(), adapter={**LORA, "bias": "all"})
+    assert isinstance(trains.reference.form, HiddenStates)
+
+
+def test_a_head_in_another_precision_is_another_head(build):
+    other = helpers.make_model(vocab_size=len(helpers.make_tokenizer())).to(torch.bfloat16)
+    assert isinstance(build(adapter=LORA, explicit=other).reference.form, HiddenStates)
+
+
+@pytest.mark.parametrize("adapter", [None, LORA], ids=["hidden", "expected"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_numbers_of_another_model_are_refused(build, tmp_path, dtype, adapter):
+    """Under this model's key, as a patched forward would write them."""
+    long = [{"prompt": "the cat", "chosen": " sat on a mat" * 8, "rejected": " ran from it" * 8}] * 4
+
+    def model(seed):
+        return helpers.make_model(seed=seed, vocab_size=len(helpers.make_tokenizer())).to(dtype)
+
+    theirs = build(rows=long, model=model(7), adapter=adapter, folder="theirs")
+    ours = build(rows=long, model=model(0), adapter=adapter)
+    ids = {id for row in ours.train_dataset.answer_ids for id in row.values()}
+    ours.reference.entry.write(theirs.reference.entry.read(ids))
+    with pytest.raises(UserError, match="what is stored of an answer differs"):
+        build(rows=long, model=model(0), adapter=adapter)
 
 
 def test_a_soft_cap_leaves_hidden_states(build):
