@@ -128,8 +128,8 @@ def make_world(folder: Path, data: Path | None, size: Size) -> World:
         reward,
         judge,
         evaluation[: size.held_out],
-        _pairs(tokenizer, prompts, answers, reward, most=6),
-        _pairs(tokenizer, evaluation, fresh, reward, most=1, limit=size.held_out_pairs),
+        _pairs(tokenizer, prompts, answers, reward),
+        _pairs(tokenizer, evaluation, fresh, reward, limit=size.held_out_pairs),
         size,
     )
 
@@ -297,10 +297,12 @@ def _pairs(
     prompts: Sequence[str],
     answers: Sequence[dict[str, Any]],
     reward: Judge,
-    most: int,
     limit: int | None = None,
 ) -> TokenDataset:
-    """At most `most` pairs of the answers to each prompt, as token rows: an answer that never ended gets no end."""
+    """All pairs of the answers to each prompt, `limit` in all, as token rows: an answer that never ended gets no end.
+
+    All pairs, and not the widest: the worst answers of a prompt are longer than its best.
+    """
     encoded = encode_prompts(tokenizer, prompts)
     groups: dict[int, list[tuple[float, list[int]]]] = {}
     for answer in answers:
@@ -308,10 +310,9 @@ def _pairs(
         groups.setdefault(answer["prompt"], []).append((score, answer["ids"]))
     rows: list[dict[str, Any]] = []
     for index, scored in groups.items():
-        pairs = [pair for pair in combinations(sorted(scored, reverse=True), 2) if pair[0][0] > pair[1][0]]
-        pairs.sort(key=lambda pair: pair[1][0] - pair[0][0])  # widest gap first
-        for (_, chosen), (_, rejected) in pairs[:most]:
-            rows.append(_row(encoded[index], chosen, rejected, len(rows)))
+        for (high, chosen), (low, rejected) in combinations(sorted(scored, reverse=True), 2):
+            if high > low:
+                rows.append(_row(encoded[index], chosen, rejected, len(rows)))
     return TokenDataset(rows[:limit])
 
 
