@@ -20,6 +20,7 @@ from prefopt.data.columns import refuse_rows
 from prefopt.data.tokenization import TokenSettings, tokenize_examples
 from prefopt.errors import UserError
 from prefopt.losses.pages import needs_summary
+from prefopt.losses.trial import try_losses
 from prefopt.models import adapter_config
 from prefopt.procedures import Stage, TrainStage, make_plan
 from prefopt.recipe import ModelSection, Recipe
@@ -67,6 +68,7 @@ def explain(recipe: Recipe, *, world_size: int | None = None) -> str:
     is downloaded but the model's configuration. What is estimated is called an estimate.
     """
     devices = world_size or int(os.environ.get("WORLD_SIZE", "1"))
+    try_losses(recipe.objective().losses)
     settings = recipe.resolved()
     rows = count_rows(recipe)
     sections = {

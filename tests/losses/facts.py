@@ -45,7 +45,7 @@ class Facts:
 def facts_of(loss: str) -> Facts:
     """The facts of a loss, from its test file; `AssertionError` that says what to write where there are none."""
     module = f"tests.losses.test_{loss}"
-    remedy = f"{module.replace('.', '/')}.py: write FACTS = Facts(...), from tests/losses/facts.py, which says what for"
+    remedy = f"{module.replace('.', '/')}.py: write FACTS = Facts(...) there, as tests/losses/facts.py explains"
     assert importlib.util.find_spec(module) is not None, f"`{loss}` has no test file. {remedy}"
     facts = getattr(importlib.import_module(module), "FACTS", None)
     assert isinstance(facts, Facts), f"`{loss}`: the shared tests must be told of it. {remedy}"
