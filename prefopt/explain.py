@@ -19,13 +19,14 @@ from prefopt.data import Example, load_train_test
 from prefopt.data.columns import refuse_rows
 from prefopt.data.tokenization import TokenSettings, tokenize_examples
 from prefopt.errors import UserError
+from prefopt.forecast import Sizes, reference_bytes, reference_plan
 from prefopt.losses.pages import needs_summary
+from prefopt.losses.trial import try_losses
 from prefopt.models import adapter_config
 from prefopt.procedures import Stage, TrainStage, make_plan
 from prefopt.recipe import ModelSection, Recipe
 from prefopt.recipe.checks import scratch_config
 from prefopt.recipe.write import to_yaml
-from prefopt.reference.store import default_folder
 
 SAMPLE = 2000
 CHARACTERS_PER_TOKEN = 4
@@ -48,16 +49,12 @@ class Rows:
     test: int | None = None
     tokens: float | None = None
 
-
-@dataclass(frozen=True)
-class Sizes:
-    """Numbers in a model: all weights, and those that are trained; `width` is bytes of one weight."""
-
-    parameters: int
-    trainable: int
-    width: float
-    layers: int
-    hidden: int
+    @property
+    def kept(self) -> float | None:
+        """The most tokens that reference scores are kept of; None where it is not known."""
+        if self.train is None or self.tokens is None:
+            return None
+        return (self.train + (self.test or 0)) * self.tokens
 
 
 def explain(recipe: Recipe, *, world_size: int | None = None) -> str:
@@ -67,15 +64,17 @@ def explain(recipe: Recipe, *, world_size: int | None = None) -> str:
     is downloaded but the model's configuration. What is estimated is called an estimate.
     """
     devices = world_size or int(os.environ.get("WORLD_SIZE", "1"))
+    try_losses(recipe.objective().losses)
     settings = recipe.resolved()
     rows = count_rows(recipe)
+    sizes = _sizes(recipe)
     sections = {
         f"Recipe {recipe.name}, with its defaults": to_yaml(settings).rstrip(),
         "Losses": "\n".join(f"{loss.name}: {needs_summary(loss.needs)}" for loss in recipe.objective().losses),
         **_stages(recipe),
         "Rows and steps": _steps(settings, rows, devices),
-        "Reference": reference_plan(recipe),
-        "Memory of one device, nothing sharded (estimate)": _memory(recipe, settings, rows),
+        "Reference": reference_plan(recipe, rows.kept, sizes),
+        "Memory of one device, nothing sharded (estimate)": _memory(recipe, settings, rows, sizes),
     }
     return "\n\n".join(f"{title}\n{'-' * len(title)}\n{text}" for title, text in sections.items()) + "\n"
 
@@ -92,45 +91,6 @@ def _training(stage: Stage) -> str:
         return ""
     epochs = stage.recipe.resolved()["num_train_epochs"]
     return f" ({' + '.join(loss.name for loss in stage.recipe.loss)}, epochs: {epochs:g})"
-
-
-def reference_plan(recipe: Recipe) -> str:
-    """Which model is the reference and what it costs, in a sentence."""
-    names = ", ".join(loss.name for loss in recipe.loss)
-    if recipe.objective().reference == "none":
-        return f"none: {names} needs none, and no second model is loaded."
-    return f"{_reference_model(recipe)} {_reference_source(recipe)}"
-
-
-def _reference_model(recipe: Recipe) -> str:
-    if recipe.reference.model:
-        return f"{recipe.reference.model}, as the recipe says."
-    if recipe.model.use_peft:
-        return "the starting model: the policy with its adapter switched off."
-    return "the starting model."
-
-
-def _reference_source(recipe: Recipe) -> str:
-    if recipe.reference.source == "live":
-        held = "A second model is held for it." if _holds_second_model(recipe) else "No second model is held."
-        return f"It is scored beside the policy at every step. {held}"
-    store = recipe.reference.store or default_folder()
-    if recipe.objective().reference == "distribution" and recipe.reference.source == "auto":
-        return (
-            "This loss compares whole next-token distributions. What they are made of is kept for each answer in "
-            f"{store} where that is at most 2 GB; beyond that the reference is scored beside the policy at every step."
-        )
-    return (
-        f"Each answer is scored once, before training, and kept in {store}, where later runs find it. No second model "
-        "is held while the policy trains."
-    )
-
-
-def _holds_second_model(recipe: Recipe) -> bool:
-    """Whether another model lies beside the policy in training."""
-    if recipe.objective().reference == "none" or recipe.reference.source != "live":
-        return False
-    return recipe.reference.model is not None or not recipe.model.use_peft
 
 
 def count_rows(recipe: Recipe) -> Rows:
@@ -167,11 +127,14 @@ def measure_model(section: ModelSection) -> Sizes:
             model = get_peft_model(model, adapter)
     trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     text = config.get_text_config()
-    return Sizes(parameters, trainable, _width(section, config), text.num_hidden_layers, text.hidden_size)
+    return Sizes(
+        parameters, trainable, _width(section, config), text.num_hidden_layers, text.hidden_size, text.vocab_size
+    )
 
 
-def memory_parts(sizes: Sizes, settings: Mapping[str, Any], tokens: float, *, second_model: bool) -> dict[str, float]:
-    """Bytes by part on one device, nothing sharded. `tokens`: what one forward reads; `settings`: a resolved recipe."""
+def memory_parts(sizes: Sizes, settings: Mapping[str, Any], tokens: float, *, reference: float) -> dict[str, float]:
+    """Bytes by part on one device, nothing sharded. `tokens`: what one forward reads; `settings`: a resolved recipe;
+    `reference`: bytes that lie beside the policy for it."""
     # Adapters and their gradients are float32 whatever the weights are held in.
     width = sizes.width if sizes.trainable == sizes.parameters else BYTES["float32"]
     added = sizes.trainable * width if sizes.trainable != sizes.parameters else 0
@@ -180,7 +143,7 @@ def memory_parts(sizes: Sizes, settings: Mapping[str, Any], tokens: float, *, se
         "gradients": sizes.trainable * width,
         "optimizer": sizes.trainable * _optimizer_bytes(str(settings["optim"]), width),
         "activations": _activations(sizes, settings, tokens),
-        "reference": sizes.parameters * sizes.width if second_model else 0.0,
+        "reference": reference,
     }
     return {**parts, "in all": sum(parts.values())}
 
@@ -294,16 +257,22 @@ def _step_count(settings: dict[str, Any], rows: int | None, effective: int) -> s
     return f"{per_epoch} an epoch, {steps} in all (epochs: {epochs:g}){idle}"
 
 
-def _memory(recipe: Recipe, settings: dict[str, Any], rows: Rows) -> str:
+def _sizes(recipe: Recipe) -> Sizes | str:
+    """The numbers of the recipe's model, or why they are not known."""
     try:
-        sizes = measure_model(recipe.model)
+        return measure_model(recipe.model)
     except UserError as error:
-        return f"not estimated: {error}"
+        return str(error)
+
+
+def _memory(recipe: Recipe, settings: dict[str, Any], rows: Rows, sizes: Sizes | str) -> str:
+    if isinstance(sizes, str):
+        return f"not estimated: {sizes}"
     batch = settings["per_device_train_batch_size"]
     longest = settings["max_length"] or rows.tokens or 0
     answers = 2 if recipe.objective().paired_required else 1
     tokens = batch * (rows.tokens if rows.tokens is not None else answers * longest)
-    parts = memory_parts(sizes, settings, tokens, second_model=_holds_second_model(recipe))
+    parts = memory_parts(sizes, settings, tokens, reference=reference_bytes(recipe, rows.kept, sizes))
     count = f"{sizes.parameters:,} weights, {sizes.trainable:,} of them trained"
     lines = {name: _bytes(value) for name, value in parts.items()}
     basis = "rows of mean length" if rows.tokens is not None else f"rows of {longest} tokens"

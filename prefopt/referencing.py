@@ -18,7 +18,7 @@ from prefopt.errors import UserError
 from prefopt.reference.answers import Answer, answers_of
 from prefopt.reference.cached import CachedReference
 from prefopt.reference.choosing import choose_form
-from prefopt.reference.forms import LogProbs, WholeForm
+from prefopt.reference.forms import SMALL, LogProbs, WholeForm
 from prefopt.reference.identity import ADAPTER_OFF, Identity, identify
 from prefopt.reference.live import (
     AdapterOff,
@@ -40,7 +40,6 @@ if TYPE_CHECKING:
 _TOGETHER = 8
 _ROW_OVERHEAD = 200  # bytes of a row's id and checksum, and of their places in the file
 _GB = 10**9
-_SMALL = 2 * _GB  # of whole distributions; beyond that, making them again is often cheaper than reading them
 
 
 def open_reference_scores(
@@ -221,9 +220,9 @@ def _open_entry(
 
 def _too_much(form: LogProbs | WholeForm, needed: int) -> str:
     """Why whole distributions are better made than kept, or nothing."""
-    if isinstance(form, LogProbs) or needed <= _SMALL:
+    if isinstance(form, LogProbs) or needed <= SMALL:
         return ""
-    return f"{size(needed)} of {form.words} would have to be kept, and `auto` keeps {size(_SMALL)} at most"
+    return f"{size(needed)} of {form.words} would have to be kept, and `auto` keeps {size(SMALL)} at most"
 
 
 def _out_of_sight(folder: Path) -> str:

@@ -32,6 +32,7 @@ from prefopt.interrupt import spare_worker
 from prefopt.launch import refuse_parallelism
 from prefopt.layouts import choose_layout, is_shared, row_sampler
 from prefopt.losses import Loss, Objective, sides_of
+from prefopt.losses.trial import try_losses
 from prefopt.metrics import MetricSums
 from prefopt.models import complete_tokenizer, open_model, open_reference, prepare_policy, tokenizer_of
 from prefopt.predictions import Predictions
@@ -77,6 +78,7 @@ class PreferenceTrainer(DurableTrainer):
     ) -> None:
         args = args or PreferenceConfig(output_dir="runs/prefopt")
         self.objective: Objective = Objective.of(loss, args.loss_weights)
+        try_losses(self.objective.losses)
         tokenizer = complete_tokenizer(processing_class or tokenizer_of(model, args))
         self.preparation = Preparation.for_objective(tokenizer, args, self.objective, say=say)
         train_dataset = check_rows(self.objective, self.preparation.train(train_dataset))

@@ -53,7 +53,7 @@ class Size:
     texts: int = 10_000
     prompts: int = 2560
     held_out: int = 512
-    held_out_pairs: int = 256
+    held_out_pairs: int = 1024
     new_tokens: int = 22
 
 

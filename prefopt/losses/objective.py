@@ -119,7 +119,7 @@ class Objective:
         for index, loss in enumerate(self.losses):
             if not (loss.needs.mismatched if mismatched else _asks_plainly(loss)):
                 continue
-            view = _view(loss, scores, sides, columns, {})
+            view = view_of(loss, scores, sides, columns, {})
             found.update({f"{index}/{name}": parts for name, parts in loss.estimates(view).items()})
         return found
 
@@ -140,7 +140,7 @@ class Objective:
         sums: list[Tensor] = []
         metrics: dict[str, Tensor] = {}
         for index, loss in enumerate(self.losses):
-            view = _view(loss, scores, sides, columns, _own(estimates or {}, index))
+            view = view_of(loss, scores, sides, columns, _own(estimates or {}, index))
             output = loss(view)
             _check_output(loss, output, view)
             values = output.loss if row_weight is None else _weighted(output.loss, row_weight, loss, view, sides)
@@ -159,13 +159,14 @@ class Objective:
         return sum((weight * share for weight, share in zip(self.weights, shares, strict=True)), sums.new_zeros(()))
 
 
-def _view(
+def view_of(
     loss: Loss,
     scores: TokenScores,
     sides: Sides,
     columns: Mapping[str, Tensor],
     estimates: Mapping[str, Tensor | float],
 ) -> Pairs | Completions:
+    """A micro-batch as a loss asks to see it."""
     return build_view(
         loss.needs,
         scores,

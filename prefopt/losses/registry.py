@@ -97,12 +97,12 @@ def _check_name(name: str, loss: type) -> None:
     if is_taken(name):
         raise UserError(f"loss `{name}`: the name means something else already. {explain(name, _LOSSES)}")
     old = _LOSSES.get(name)
-    if old is not None and _origin(old) != _origin(loss):
-        first, second = (" of ".join(_origin(one)) for one in (old, loss))
+    if old is not None and origin(old) != origin(loss):
+        first, second = (" of ".join(origin(one)) for one in (old, loss))
         raise UserError(f"loss `{name}`: the name is taken by {first}, so {second} needs another")
 
 
-def _origin(loss: type) -> tuple[str, str]:
+def origin(loss: type) -> tuple[str, str]:
     """Class and file, which stay the same when a module is loaded once more."""
     module = sys.modules.get(loss.__module__)
     return loss.__qualname__, getattr(module, "__file__", None) or loss.__module__

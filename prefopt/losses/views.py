@@ -34,7 +34,7 @@ class Columns(Mapping[str, Value]):
 
     def __getitem__(self, name: str) -> Value:
         if name not in self._declared:
-            raise UndeclaredColumn(f"column `{name}` was read but not declared: add it to the loss's `needs`")
+            raise UndeclaredColumn(f'column `{name}` was read but not declared: say Needs(columns=("{name}",))')
         return self._values[name]
 
     def __iter__(self) -> Iterator[str]:

@@ -21,6 +21,7 @@ from prefopt.data.dataset import TokenDataset
 from prefopt.data.prepare import Preparation
 from prefopt.errors import UserError
 from prefopt.losses import Objective
+from prefopt.losses.trial import try_losses
 from prefopt.models import adapter_config, load_model, load_tokenizer, quantization_config
 from prefopt.recipe import Recipe, ReferenceSection
 from prefopt.report.card import write_card
@@ -57,6 +58,7 @@ def train(recipe: Recipe) -> dict[str, Any]:
     """
     phases = Phases()
     objective = recipe.objective()
+    try_losses(objective.losses)
     args = recipe.training_arguments()
     with phases.phase("data"):
         tokenizer = open_tokenizer(recipe)

@@ -23,7 +23,14 @@ from prefopt.scoring.expected import expected_rows
 
 LOGP, HIDDEN, EXPECTED = "logp", "hidden", "expected"
 WHOLE = (HIDDEN, EXPECTED)
+SMALL = 2 * 10**9
+"""Bytes of whole distributions that `auto` keeps; beyond them, making them again is often cheaper than reading them."""
 _SCALARS = 3  # mean logit, log-normalizer and log-probability, behind each expected row
+
+
+def expected_bytes(width: int) -> int:
+    """Bytes of a token's expected row for a head of this width."""
+    return 4 * (width + _SCALARS)
 
 
 class Gap(NamedTuple):
@@ -108,7 +115,7 @@ class ExpectedHeadRows(WholeForm):
 
     @property
     def token_bytes(self) -> int:
-        return 4 * (self.width + _SCALARS)
+        return expected_bytes(self.width)
 
     def numbers(self, source: LiveReference, policy: nn.Module, batch: dict[str, Any]) -> Tensor:
         rows = expected_rows(source.distribution(policy, batch), batch["target"])

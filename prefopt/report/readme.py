@@ -25,8 +25,10 @@ from prefopt.recipe import bundled_recipes
 
 ROOT = Path(__file__).resolve().parents[2]
 README = ROOT / "README.md"
-# What the tests compare a loss with, and what the claims of papers came to; a loss without a line has its formula.
+# Counterparts of losses in TRL, and what the claims of papers came to.
 EVIDENCE = ROOT / "tests" / "oracle" / "evidence.json"
+FORMULAS = ROOT / "tests" / "oracle" / "float64.py"
+OWN_TESTS = ROOT / "tests" / "losses"
 
 _BLOCK = re.compile(r"<!-- generated: (\w+) -->\n.*?<!-- end -->", re.DOTALL)
 _ARXIV = re.compile(r"arXiv (\d{4}\.\d{4,5})")
@@ -55,7 +57,7 @@ def losses_table() -> str:
     head = ("loss", "in a sentence", "paper", "data", "reference", "columns", "defaults", "oracle", "claim seen")
     rows = (
         (f"`{loss.name}`", loss.line, _linked(loss.paper), loss.data, loss.reference, loss.columns, loss.defaults,
-         _oracle(found.get(loss.name, {})), _claims(found.get(loss.name, {})))
+         _oracle(loss.name, found.get(loss.name, {})), _claims(found.get(loss.name, {})))
         for loss in table_rows()
     )  # fmt: skip
     return _table(head, rows)
@@ -121,9 +123,24 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines)
 
 
-def _oracle(evidence: dict[str, Any]) -> str:
-    """Every loss has a formula of its own in tests/oracle/float64.py; some have a counterpart in TRL as well."""
-    return f"formula, TRL's `{evidence['trl']}`" if "trl" in evidence else "formula"
+def _oracle(loss: str, evidence: dict[str, Any]) -> str:
+    """What the tests compare a loss with: a formula written apart from it, and its counterpart in TRL."""
+    trl = [f"TRL's `{evidence['trl']}`"] if "trl" in evidence else []
+    return ", ".join([*(["formula"] if _has_formula(loss) else []), *trl])
+
+
+def _has_formula(loss: str) -> bool:
+    """Whether the oracle has a function of the loss's name, or the loss's own tests say what its formula is.
+
+    The tests are read, not run: they need more than a reader of this page has installed.
+    """
+    formulas = ast.parse(FORMULAS.read_text(encoding="utf-8"))
+    if any(isinstance(node, ast.FunctionDef) and node.name == loss for node in formulas.body):
+        return True
+    own = OWN_TESTS / f"test_{loss}.py"
+    calls = ast.walk(ast.parse(own.read_text(encoding="utf-8") if own.is_file() else ""))
+    facts = [node for node in calls if isinstance(node, ast.Call) and ast.unparse(node.func) == "Facts"]
+    return any(keyword.arg == "formula" for call in facts for keyword in call.keywords)
 
 
 def _claims(evidence: dict[str, Any]) -> str:

@@ -56,7 +56,7 @@ class TokenScores:
         if name in statistics:
             return statistics[name]
         if name in STATISTICS:
-            raise MissingStatistic(f"`{name}` was read but not computed: declare it in the loss's `needs`")
+            raise MissingStatistic(f"`{name}` was read but not computed: declare it in the loss's `needs`", name=name)
         raise AttributeError(f"TokenScores has no attribute {name!r}")
 
     def total(self, name: str) -> Tensor:

@@ -9,7 +9,10 @@ import torch
 
 from prefopt.errors import RecipeError
 from prefopt.losses import make
+from tests.losses.facts import Facts
 from tests.losses.theory import RATIOS, exact, gradients, metrics, sigmoid, values
+
+FACTS = Facts(at_the_reference=math.log(2), turns=True)
 
 CHOSEN, REJECTED = zip(*RATIOS, strict=True)
 

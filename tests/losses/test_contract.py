@@ -17,6 +17,7 @@ from prefopt.losses.knobs import knobs_of
 from prefopt.losses.pages import page, table_rows
 from prefopt.losses.views import UndeclaredColumn
 from prefopt.scoring.scores import STATISTICS, MissingStatistic
+from tests.losses.facts import facts_of
 from tests.losses.views import full_view, micro_for, per_row, random_micro, run, single_tokens, take_rows
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -28,14 +29,16 @@ every_loss = pytest.mark.parametrize("loss", [make(name) for name in SHIPPED], i
 def demanded(loss):
     """Columns that a row must have; where one set or another will do, the first that the loss takes."""
     columns, optional = list(loss.needs.columns), list(loss.needs.optional_columns)
-    while loss.row_problem(dict.fromkeys(columns, 1.0)):
+    numbers = {"score_chosen": 1.0, "score_rejected": 1.0, **facts_of(loss.name).columns}
+    while problem := loss.row_problem({name: numbers.get(name, 0.5) for name in columns}):
+        assert optional, f"tests/losses/test_{loss.name}.py: say in FACTS which numbers its columns may hold: {problem}"
         columns.append(optional.pop(0))
     return tuple(columns)
 
 
 def columns_of(loss, rows):
-    """Harmless values for the columns a loss demands: scores a unit apart, everything else one half."""
-    values = {"score_chosen": 2.0, "score_rejected": 1.0}
+    """Harmless values for the columns a loss demands: scores a unit apart, everything else as its facts say, or 0.5."""
+    values = {"score_chosen": 2.0, "score_rejected": 1.0, **facts_of(loss.name).columns}
     return {name: [values.get(name, 0.5)] * rows for name in demanded(loss)}
 
 

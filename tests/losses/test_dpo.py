@@ -11,7 +11,10 @@ import torch
 from prefopt.errors import RecipeError
 from prefopt.losses import Pairs, make
 from prefopt.scoring import TokenScores
+from tests.losses.facts import Facts
 from tests.losses.views import Micro, random_micro, run, single_tokens
+
+FACTS = Facts(at_the_reference=math.log(2))
 
 getcontext().prec = 400  # so that 1 + e^-800 is not 1
 

@@ -11,7 +11,10 @@ import torch
 from prefopt.errors import RecipeError
 from prefopt.losses import make
 from prefopt.losses.functional import tamed_exp
+from tests.losses.facts import Facts
 from tests.losses.theory import RATIOS, Bandit, exact, gradients, metrics, sigmoid, values
+
+FACTS = Facts(at_the_reference=math.log(2), more_than_the_margin=True, beside={"alpha": {"divergence": "alpha"}})
 
 NEAR = [(-6.0, 3.0), (-1.5, 0.25), (0.0, 0.0), (1e-8, -1e-8), (0.7, -0.4), (6.0, 5.0), (30.0, -2.0)]
 CHOSEN, REJECTED = zip(*NEAR, strict=True)

@@ -9,8 +9,11 @@ import torch
 
 from prefopt.errors import RecipeError
 from prefopt.losses import make
+from tests.losses.facts import Facts
 from tests.losses.theory import RATIOS, gradients, metrics, spelled, values
 from tests.losses.views import run
+
+FACTS = Facts(at_the_reference=1.0)
 
 CHOSEN, REJECTED = zip(*RATIOS, strict=True)
 

@@ -10,8 +10,11 @@ import torch
 from prefopt.errors import RecipeError
 from prefopt.losses import Pairs, make
 from prefopt.scoring import TokenScores
+from tests.losses.facts import Facts
 from tests.losses.theory import RATIOS, Bandit, gradients, metrics, spelled, token_gradients, values
 from tests.losses.views import run, single_tokens
+
+FACTS = Facts(at_the_reference=25.0, turns=True, per_token=True)  # (1 / (2 beta))^2 at beta 0.1
 
 CHOSEN, REJECTED = zip(*RATIOS, strict=True)
 

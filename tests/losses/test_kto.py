@@ -10,6 +10,9 @@ import torch
 from prefopt.errors import RecipeError
 from prefopt.losses import Completions, make
 from prefopt.scoring import TokenScores
+from tests.losses.facts import Facts
+
+FACTS = Facts(at_the_reference=0.5, more_than_the_margin=True, fades=True)  # half a weight
 
 
 def view(ratios, desirable, kl=0.0, *, grad=False):

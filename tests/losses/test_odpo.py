@@ -10,8 +10,11 @@ import torch
 from prefopt.errors import RecipeError
 from prefopt.losses import Pairs, make
 from prefopt.scoring import TokenScores
+from tests.losses.facts import Facts
 from tests.losses.theory import Bandit, exact, gradients, metrics, sigmoid, values
 from tests.losses.views import random_micro, run, single_tokens, take_rows
+
+FACTS = Facts(at_the_reference=math.log(2))  # scores one apart: the logarithm of the gap is 0
 
 RATIOS = [(-40.0, 3.0), (-1.5, 0.25), (0.0, 0.0), (6.0, 50.0), (300.0, -2.0)]
 CHOSEN, REJECTED = zip(*RATIOS, strict=True)

@@ -1,13 +1,11 @@
 """What the theory says of every loss, beyond the contract that `test_contract.py` holds them to.
 
-A new loss is tested here by existing; the tables name the losses that are exceptions, and a loss that is one too is
-added to them.
+A new loss is tested here by existing; what is true of some losses only is said in `FACTS` of the loss's own test file.
 """
 
 from __future__ import annotations
 
 import itertools
-import math
 
 import pytest
 import torch
@@ -15,6 +13,7 @@ import torch
 from prefopt.errors import RecipeError
 from prefopt.losses import Objective, get, make, names
 from prefopt.losses.knobs import knobs_of
+from tests.losses.facts import facts_of
 from tests.losses.test_contract import columns_of, demanded
 from tests.losses.test_objective import step
 from tests.losses.views import Micro, full_view, per_row, random_micro, run, single_tokens, take_rows
@@ -33,29 +32,6 @@ FORMS = [
         if choice != knob.default
     ),
 ]
-
-# Read more of the two answers than the difference of their (mean) log-probabilities or log-ratios.
-MORE_THAN_THE_MARGIN = {"dpop", "fdpo", "slic", "sft", "kto"}
-# Draw the margin to a finite value, so that beyond it the gradient turns.
-TURNING = {"cdpo", "ipo"}
-# Divide by the number of tokens; the others sum.
-PER_TOKEN = {"ipo", "simpo"}
-# What a loss is worth where policy and reference agree, whatever the answers are.
-AT_THE_REFERENCE = {
-    "dpo": math.log(2),
-    "cdpo": math.log(2),
-    "rdpo": math.log(2),
-    "ipo": 25.0,  # (1 / (2 beta))^2 at beta 0.1
-    "hinge": 1.0,
-    "dpop": math.log(2),
-    "odpo": math.log(2),  # scores one apart: the logarithm of the gap is 0
-    "fdpo": math.log(2),
-    "tdpo1": math.log(2),
-    "tdpo2": math.log(2),
-    "kto": 0.5,  # half a weight
-}
-# A knob that is read only beside another.
-READ_BESIDE = {("fdpo", "alpha"): {"divergence": "alpha"}}
 
 every_loss = pytest.mark.parametrize("loss", LOSSES, ids=SHIPPED)
 every_form = pytest.mark.parametrize("loss", FORMS, ids=repr)
@@ -158,7 +134,7 @@ def test_no_gradient_points_the_wrong_way(loss, dtype):
     sides = list(itertools.product([-1e4, -80.0, -1.0, 0.0, 1.0, 80.0, 1e4], repeat=2))
     micro = pairs_at(loss, *zip(*sides, strict=True), dtype=dtype)
     chosen, rejected = gradient(loss, micro).split(len(sides))
-    if loss.name in TURNING:
+    if facts_of(loss.name).turns:
         at_target = (chosen > 0).tolist()
         margins = [a - b for a, b in sides]
         assert max(m for m, turned in zip(margins, at_target, strict=True) if not turned) < min(
@@ -171,9 +147,9 @@ def test_no_gradient_points_the_wrong_way(loss, dtype):
 
 @every_form
 def test_a_chosen_answer_far_below_the_reference_is_still_raised(loss):
-    """Also where an exponential would overflow, the pair that is wrong by most keeps a gradient; KTO's fades out."""
+    """Also where an exponential would overflow, the pair that is wrong by most keeps a gradient, or is given up."""
     micro = pairs_at(loss, [-1e4], [0.0], dtype=torch.float32)
-    assert (gradient(loss, micro)[0] < 0) == (loss.name != "kto")
+    assert (gradient(loss, micro)[0] < 0) == (not facts_of(loss.name).fades)
 
 
 # ---- what is read ---------------------------------------------------------------------------------------------------
@@ -193,7 +169,9 @@ def test_a_shift_of_both_answers_is_seen_by_those_that_read_more_than_the_margin
     expected = values(loss, pairs_at(loss, [-3.0, 2.0], [-1.0, -2.5]))
     found = values(loss, moved(pairs_at(loss, [-3.0, 2.0], [-1.0, -2.5]), "logp", -4.0))
     unchanged = torch.allclose(found, expected, rtol=0, atol=1e-12)
-    assert unchanged == (loss.name not in MORE_THAN_THE_MARGIN)
+    assert unchanged == (not facts_of(loss.name).more_than_the_margin), (
+        f"tests/losses/test_{loss.name}.py: more_than_the_margin of its FACTS is not what was found"
+    )
 
 
 @with_reference
@@ -205,7 +183,9 @@ def test_equal_models_give_one_value_whatever_the_answers(loss):
     }
     estimates = dict.fromkeys(full_view(loss, micro).estimates, 0.0)
     at_zero = loss(micro.view(loss.needs, estimates)).loss
-    assert at_zero.tolist() == pytest.approx([AT_THE_REFERENCE[loss.name]] * len(at_zero), rel=1e-14)
+    known = facts_of(loss.name).at_the_reference
+    assert known is not None, f"tests/losses/test_{loss.name}.py: say `at_the_reference` in its FACTS"
+    assert at_zero.tolist() == pytest.approx([known] * len(at_zero), rel=1e-14)
 
 
 @pytest.mark.parametrize("loss", [one for one in LOSSES if one.needs.reference == "none"], ids=lambda x: x.name)
@@ -235,7 +215,7 @@ def test_tokens_written_twice_count_twice_in_sums_and_once_in_means(loss, times)
 
     once = values(loss, micro(1.0, 1))
     repeated, shared = values(loss, micro(1.0, times)), values(loss, micro(1.0 / times, times))
-    same, other = (repeated, shared) if loss.name in PER_TOKEN else (shared, repeated)
+    same, other = (repeated, shared) if facts_of(loss.name).per_token else (shared, repeated)
     torch.testing.assert_close(same, once, rtol=1e-12, atol=1e-12)
     assert not torch.allclose(other, once, rtol=1e-3)
 
@@ -246,7 +226,7 @@ def test_tokens_written_twice_count_twice_in_sums_and_once_in_means(loss, times)
 def variants(loss):
     """The loss with one knob changed, for every knob and every value of one with choices."""
     for knob in knobs_of(type(loss)):
-        given = READ_BESIDE.get((loss.name, knob.name), {})
+        given = facts_of(loss.name).beside.get(knob.name, {})
         if knob.choices:
             others = [choice for choice in knob.choices if choice != knob.default]
         else:

@@ -8,7 +8,10 @@ import torch.nn.functional as F
 
 from prefopt.losses import Completions, make
 from prefopt.scoring import TokenScores
+from tests.losses.facts import Facts
 from tests.losses.views import random_micro, run, take_rows
+
+FACTS = Facts(more_than_the_margin=True)
 
 
 def test_is_the_cross_entropy_of_the_tokens():

@@ -11,8 +11,11 @@ from prefopt.errors import RecipeError
 from prefopt.losses import Pairs, make
 from prefopt.scoring import TokenScores
 from prefopt.scoring.scores import MissingStatistic
+from tests.losses.facts import Facts
 from tests.losses.theory import exact, sigmoid, spelled, token_gradients
 from tests.losses.views import run
+
+FACTS = Facts(per_token=True)
 
 CHOSEN = [[-1.0, -0.5], [-2.0, -2.5, -3.0], [-0.25]]
 REJECTED = [[-2.0], [-1.0], [-3.0, -0.5]]

@@ -11,8 +11,11 @@ from prefopt.errors import RecipeError, UserError
 from prefopt.losses import Needs, Pairs, make
 from prefopt.losses.views import UndeclaredColumn
 from prefopt.scoring.scores import MissingStatistic, TokenScores
+from tests.losses.facts import Facts
 from tests.losses.theory import spelled, token_gradients
 from tests.losses.views import Micro, run
+
+FACTS = Facts(more_than_the_margin=True)
 
 CHOSEN = [[-1.0, -0.5], [-2.0, -2.0], [-0.25]]
 REJECTED = [[-2.0], [-1.0], [-3.0, -0.5]]

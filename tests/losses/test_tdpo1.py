@@ -8,8 +8,11 @@ import pytest
 import torch
 
 from prefopt.losses import make
+from tests.losses.facts import Facts
 from tests.losses.theory import sigmoid
 from tests.losses.token_pairs import CHOSEN, REJECTED, logit_gradient, token_pair, value
+
+FACTS = Facts(at_the_reference=math.log(2))
 
 FORMS = [make("tdpo1", beta=0.4), make("tdpo2", beta=0.4, alpha=0.5), make("tdpo2", beta=0.4, alpha=1.0)]
 both_forms = pytest.mark.parametrize("loss", FORMS, ids=repr)

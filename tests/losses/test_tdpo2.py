@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
 from prefopt.errors import RecipeError
 from prefopt.losses import make
+from tests.losses.facts import Facts
 from tests.losses.theory import sigmoid
 from tests.losses.token_pairs import CHOSEN, REJECTED, logit_gradient, token_pair, value
 from tests.scoring.test_head import Allocations
+
+FACTS = Facts(at_the_reference=math.log(2))
 
 PAIR = token_pair(seed=2)
 

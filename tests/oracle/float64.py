@@ -1,4 +1,6 @@
-"""Every loss once more, written from the papers and not from the package, one pair at a time and in plain arithmetic.
+"""Losses once more, written from the papers and not from the package, one pair at a time and in plain arithmetic.
+
+A loss that is not here has its formula in its own test file, in the same arithmetic: `FACTS.formula`.
 
 The numbers may be float64 tensors of no dimension, so that autograd gives the gradient, or mpmath's numbers of any
 precision. Letters: `lp`, `lr` log-probabilities of an answer under policy and reference, summed over its tokens; `n`
@@ -16,6 +18,9 @@ from typing import Any
 import mpmath
 import torch
 from torch import Tensor
+
+from prefopt.losses import get
+from tests.losses.facts import facts_of
 
 Number = Any  # a float64 tensor of no dimension, or an mpmath number
 Numbers = Sequence[Number] | Tensor
@@ -252,6 +257,16 @@ PAIR_LOSSES: dict[str, Callable[..., Number]] = {
 }
 
 
+FORMULAS: dict[str, Callable[..., Any]] = {**PAIR_LOSSES, "sft": sft, "kto": kto}
+
+
+def formula(name: str) -> Callable[..., Any]:
+    """The formula of a loss: this file's, or that of the loss's own test file."""
+    own = FORMULAS.get(name) or facts_of(name).formula
+    assert own is not None, f"`{name}` has no formula"
+    return own
+
+
 def values(name: str, pairs: Sequence[Pair], mismatched: Sequence[Answer] = (), **knobs: Any) -> list[Number]:
     """A loss on paired rows: a value for each pair, each token of the chosen, or each answer, chosen ones first."""
     if name == "sft":
@@ -259,7 +274,11 @@ def values(name: str, pairs: Sequence[Pair], mismatched: Sequence[Answer] = (), 
     if name == "kto":
         answers = [pair.chosen for pair in pairs] + [pair.rejected for pair in pairs]
         return kto(answers, [index < len(pairs) for index in range(len(answers))], mismatched, **knobs)
-    return [PAIR_LOSSES[name](pair, **knobs) for pair in pairs]
+    if get(name).needs.view == "pairs":
+        return [formula(name)(pair, **knobs) for pair in pairs]
+    sides = [(pair.chosen, True) for pair in pairs]
+    sides += [(pair.rejected, False) for pair in pairs if get(name).needs.completions == "all"]
+    return [value for answer, wanted in sides for value in formula(name)(answer, wanted, **knobs)]
 
 
 # ---- what is logged --------------------------------------------------------------------------------------------------
@@ -267,6 +286,8 @@ def values(name: str, pairs: Sequence[Pair], mismatched: Sequence[Answer] = (), 
 
 def reward(name: str, answer: Answer, beta: float | None = None, **knobs: Any) -> Number:
     """The reward that a loss stands for: beta times the log-ratio, unless the loss has another."""
+    if name not in FORMULAS and (own := facts_of(name).reward):
+        return own(answer, **knobs) if beta is None else own(answer, beta=beta, **knobs)
     if name == "slic":
         return answer.lp
     if name == "simpo":
@@ -276,4 +297,5 @@ def reward(name: str, answer: Answer, beta: float | None = None, **knobs: Any) -
     if name == "fdpo":
         unlike, alpha = knobs.get("divergence", "js"), knobs.get("alpha", 0.5)
         return beta * (slope(answer.ratio, unlike, alpha) - slope(answer.ratio * 0, unlike, alpha))
+    assert beta is not None, f"tests/losses/test_{name}.py: no beta, so its FACTS must have the `reward` that it logs"
     return beta * answer.ratio

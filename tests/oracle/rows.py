@@ -102,7 +102,9 @@ def as_micro(rows: Rows, columns: Sequence[str], dtype: torch.dtype = torch.floa
     size, count = 2 * len(rows), len(rows)
     sides = Sides(True, size, sum(lengths[:size]), count, sum(lengths[:count]), len(targets), sum(lengths[size:]))
     numbers = {
-        name: torch.tensor([row.columns[name] for row in rows], dtype=dtype) for name in columns if name != "target"
+        name: torch.tensor([only(row.columns, columns)[name] for row in rows], dtype=dtype)
+        for name in columns
+        if name != "target"
     }
     return Micro(scores, sides, numbers)
 
@@ -131,7 +133,8 @@ def targets_of(rows: Rows, columns: Sequence[str]) -> list[Answer]:
 
 
 def only(values: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
-    return {name: values[name] for name in names if name != "target"}
+    """The columns of these names; one half where there is none, as in a column that no formula here knows."""
+    return {name: values.get(name, 0.5) for name in names if name != "target"}
 
 
 def mismatched_rows(*, above: bool = True) -> Rows:

@@ -22,6 +22,8 @@ from tests.oracle.rows import Rows, answers_of, as_micro, loss_and_gradient, mis
 from tests.oracle.test_formulas import CASES, Case, every_case
 
 TABLE = Path(__file__).with_name("table.json")
+# A formula beside the tests of its loss is held to fifty digits by the last test here.
+TABLED = [case for case in CASES if case.name in float64.FORMULAS]
 SMALL_TO_LARGE = [-1e-8, -1e-4, -1.0, -50.0, -1e4]
 
 
@@ -55,7 +57,7 @@ def exact(case: Case, rows: Rows) -> list[Any]:
 
 
 def exact_knobs(case: Case) -> dict[str, Any]:
-    parameters = inspect.signature(getattr(float64, case.name)).parameters.values()
+    parameters = inspect.signature(float64.formula(case.name)).parameters.values()
     usual = {each.name: each.default for each in parameters if each.default is not each.empty}
     knobs = {**usual, **case.knobs}
     return {name: mpmath.mpf(value) if isinstance(value, float) else value for name, value in knobs.items()}
@@ -81,7 +83,7 @@ def points() -> Rows:
 
 def table() -> dict[str, list[str]]:
     with mpmath.workdps(50):
-        return {case.label: [mpmath.nstr(value, 17) for value in exact(case, points())] for case in CASES}
+        return {case.label: [mpmath.nstr(value, 17) for value in exact(case, points())] for case in TABLED}
 
 
 def test_the_formulas_give_the_committed_table():
@@ -91,7 +93,7 @@ def test_the_formulas_give_the_committed_table():
         assert [float(value) for value in found[label]] == pytest.approx(list(map(float, values)), rel=1e-15), label
 
 
-@every_case
+@pytest.mark.parametrize("case", TABLED, ids=lambda case: case.label)
 def test_a_loss_gives_the_committed_table(case: Case):
     values, _ = loss_and_gradient(make(case.name, **case.knobs), as_micro(points(), case.columns))
     committed = [float(value) for value in json.loads(TABLE.read_text())[case.label]]

@@ -9,7 +9,8 @@ import pytest
 from transformers import AutoModelForCausalLM
 
 from prefopt.errors import RecipeError
-from prefopt.explain import Sizes, count_rows, explain, measure_model, memory_parts, reference_plan
+from prefopt.explain import count_rows, explain, measure_model, memory_parts
+from prefopt.forecast import Sizes, reference_bytes, reference_plan
 from prefopt.models import adapter_config
 from prefopt.recipe import Recipe, load_recipe
 from tests import helpers
@@ -100,14 +101,29 @@ def test_reference_plan(load):
     assert reference_plan(load("--reference.source=live", "--use_peft")).endswith("No second model is held.")
 
 
+def test_whole_distributions_are_forecast(load):
+    sizes = Sizes(10**9, 10**9, 2, 24, 1000, 50_000)
+    full, adapter = load("--loss.name=tdpo2"), load("--loss.name=tdpo2", "--use_peft")
+    assert "hidden states, with a copy of the head, at most 20.0 MB" in reference_plan(full, 1e4, sizes)
+    assert reference_bytes(full, 1e4, sizes) == 2 * 50_000 * 1000
+    assert "expected rows of its head, at most 40.1 MB" in reference_plan(adapter, 1e4, sizes)
+    assert reference_bytes(adapter, 1e4, sizes) == 0
+    assert "beside the policy at every step. Keeping it would take 4.0 GB. A second" in reference_plan(full, 2e6, sizes)
+    assert reference_bytes(full, 2e6, sizes) == 2 * 10**9
+    assert reference_bytes(load("--loss.name=tdpo2", "--reference.source=cached"), 2e6, sizes) == 2 * 50_000 * 1000
+    assert reference_bytes(load("--reference.source=live"), 1e4, sizes) == 2 * 10**9
+    assert reference_bytes(load(), 1e4, sizes) == 0
+    assert "not known here" in reference_plan(full)
+
+
 def test_weights_are_counted_without_loading_any(load, folder):
     model = AutoModelForCausalLM.from_pretrained(folder / "model")
     count = sum(parameter.numel() for parameter in model.parameters())
-    assert measure_model(load().model) == Sizes(count, count, 4, 2, 32)
+    assert measure_model(load().model) == Sizes(count, count, 4, 2, 32, model.config.vocab_size)
     section = load("--use_peft", "--lora_target_modules=all-linear", "--lora_r=4", "--dtype=bfloat16").model
     model.add_adapter(adapter_config(section))
     trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    assert measure_model(section) == Sizes(count, trainable, 2, 2, 32)
+    assert measure_model(section) == Sizes(count, trainable, 2, 2, 32, model.config.vocab_size)
     assert measure_model(load("--load_in_4bit", "--use_peft").model).width == 0.5
     scratch = load(
         "--model_name_or_path=null",
@@ -118,20 +134,15 @@ def test_weights_are_counted_without_loading_any(load, folder):
 
 def test_memory(load):
     settings = {**load().resolved(), "bf16": False}
-    full = memory_parts(Sizes(1000, 1000, 4, 2, 32), settings, 10, second_model=True)
+    full = memory_parts(Sizes(1000, 1000, 4, 2, 32), settings, 10, reference=4000)
     assert (full["weights"], full["gradients"], full["optimizer"], full["reference"]) == (4000, 4000, 8000, 4000)
     assert full["in all"] == sum(value for name, value in full.items() if name != "in all")
-    adapter = memory_parts(Sizes(1000, 100, 2, 2, 32), settings, 10, second_model=False)
+    adapter = memory_parts(Sizes(1000, 100, 2, 2, 32), settings, 10, reference=0)
     assert (adapter["weights"], adapter["gradients"], adapter["optimizer"], adapter["reference"]) == (2400, 400, 800, 0)
-    whole = memory_parts(
-        Sizes(1000, 1000, 4, 20, 32), {**settings, "activation_checkpointing": False}, 10, second_model=False
-    )
-    kept = memory_parts(Sizes(1000, 1000, 4, 20, 32), settings, 10, second_model=False)
+    whole = memory_parts(Sizes(1000, 1000, 4, 20, 32), {**settings, "activation_checkpointing": False}, 10, reference=0)
+    kept = memory_parts(Sizes(1000, 1000, 4, 20, 32), settings, 10, reference=0)
     assert whole["activations"] > 3 * kept["activations"]
-    assert (
-        memory_parts(Sizes(1000, 1000, 4, 2, 32), {**settings, "optim": "sgd"}, 10, second_model=False)["optimizer"]
-        == 0
-    )
+    assert memory_parts(Sizes(1000, 1000, 4, 2, 32), {**settings, "optim": "sgd"}, 10, reference=0)["optimizer"] == 0
 
 
 def test_the_stages_of_a_run_are_listed(load):

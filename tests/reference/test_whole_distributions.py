@@ -250,7 +250,7 @@ def test_expected_rows_are_refused_where_they_would_be_wrong(build, adapter, rea
 
 def test_auto_keeps_small_data_and_scores_large_data_beside_the_policy(build, monkeypatch, capsys):
     assert isinstance(build(source="auto").reference, CachedReference)
-    monkeypatch.setattr("prefopt.referencing._SMALL", 1000)
+    monkeypatch.setattr("prefopt.referencing.SMALL", 1000)
     assert isinstance(build(source="auto").reference, CachedReference), "all of it is there already"
     assert isinstance(build(source="auto", adapter=LORA).reference, CachedReference) is False
     assert re.search(r"MB of expected head rows would have to be kept, and `auto` keeps", capsys.readouterr().out)
