@@ -114,7 +114,7 @@ class ChatRenderer:
 
     def _closed(self, conversation: _Conversation, whole: str) -> bool:
         last = len(conversation.answer) - 1
-        said = (conversation.answer[last]["content"] or "").rstrip()
+        said = (conversation.answer[last].get("content") or "").rstrip()
         # Not where the message itself ends with it: what came before must not decide on this row.
         if any(whole.rstrip().endswith(marker) and not said.endswith(marker) for marker in self._markers):
             return True
