@@ -70,6 +70,7 @@ RANGES: dict[str, Range] = {
     "data_seed": SEED,
     "dataloader_num_workers": Range(0, whole=True),
     "dataloader_prefetch_factor": COUNT,
+    "dataset_num_proc": COUNT,
     "ddp_bucket_cap_mb": COUNT,
     "ddp_timeout": COUNT,
     "eval_accumulation_steps": COUNT,
@@ -282,6 +283,17 @@ class PreferenceConfig(TrainingArguments):
     model_init_kwargs: dict[str, Any] | None = field(
         default=None,
         metadata={"help": "Arguments for from_pretrained when the trainer is given a model's name."},
+    )
+    dataset_num_proc: int | None = field(
+        default=None,
+        metadata={"help": "Processes that tokenise; as many as pay on the cores of this machine when not set."},
+    )
+    token_cache: str = field(
+        default="auto",
+        metadata={
+            "help": "Where token ids are kept from one run to the next: auto (the folder of the reference store), "
+            "never, or a folder."
+        },
     )
     on_bad_row: str = field(
         default="error",

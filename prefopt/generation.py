@@ -12,9 +12,9 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from prefopt.data.drafts import TextEncoder
 from prefopt.data.problems import Where
 from prefopt.data.templates import require_template
-from prefopt.data.tokenization import TextEncoder
 from prefopt.errors import DataError, UserError
 from prefopt.scoring.modes import evaluating
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 from accelerate import PartialState
@@ -28,3 +29,20 @@ def on_main(action: Callable[[], Answer]) -> Answer:
     if refusal is not None:
         raise refusal
     return answer
+
+
+@contextmanager
+def first_on_machine() -> Iterator[bool]:
+    """A block that one process of each machine runs before its others do; whether this process is that one.
+
+    Every rank must call this. The others go on even where the first one fails, to fail in the same way.
+    """
+    state = PartialState()
+    first = state.is_local_main_process
+    if not first:
+        state.wait_for_everyone()
+    try:
+        yield first
+    finally:
+        if first:
+            state.wait_for_everyone()

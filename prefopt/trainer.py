@@ -21,10 +21,9 @@ from transformers.trainer_utils import EvalLoopOutput, set_seed
 
 from prefopt.checks import check_rows, check_start, check_step
 from prefopt.config import PreferenceConfig
-from prefopt.console import say
 from prefopt.data.collation import Batch
 from prefopt.data.dataset import TokenDataset
-from prefopt.data.prepare import WEIGHT, Preparation
+from prefopt.data.prepare import WEIGHT
 from prefopt.drift import loss_facts
 from prefopt.durable import DurableTrainer
 from prefopt.errors import NonFiniteError
@@ -39,6 +38,7 @@ from prefopt.predictions import Predictions
 from prefopt.referencing import attach, begin_training, open_reference_scores, score_both
 from prefopt.scoring import TokenScores
 from prefopt.scoring.modes import evaluating
+from prefopt.token_cache import preparation
 
 # Sums of the loss's terms travel with the evaluation metrics under this prefix.
 _TERM = "_term/"
@@ -80,7 +80,7 @@ class PreferenceTrainer(DurableTrainer):
         self.objective: Objective = Objective.of(loss, args.loss_weights)
         try_losses(self.objective.losses)
         tokenizer = complete_tokenizer(processing_class or tokenizer_of(model, args))
-        self.preparation = Preparation.for_objective(tokenizer, args, self.objective, say=say)
+        self.preparation = preparation(tokenizer, args, self.objective)
         train_dataset = check_rows(self.objective, self.preparation.train(train_dataset))
         eval_dataset = check_rows(self.objective, self.preparation.any(eval_dataset, "eval"), like=train_dataset)
         set_seed(args.seed)  # a fresh adapter draws its weights

@@ -15,7 +15,7 @@ from prefopt.data.mismatch import has_mismatched, single_answers, with_mismatche
 from prefopt.data.problems import DataReport
 from prefopt.data.sources import load_examples, load_train_test
 from prefopt.data.spec import DataSpec
-from prefopt.data.tokenization import TokenSettings, tokenize_examples
+from prefopt.data.tokenization import OpenCache, TokenSettings, no_cache, tokenize_examples
 from prefopt.errors import DataError
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ class Preparation:
 
     `paired`: True when a loss compares two answers, None when any kind of row will do. `mismatched`: rows become single
     answers, each with a mismatched one. `row_problem`: what a loss objects to in a row's columns. `say` receives the
-    lines of the reports.
+    lines of the reports. `open_cache` gives the place where token ids are kept from one run to the next, or None.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -58,15 +58,21 @@ class Preparation:
     mismatched: bool = False
     row_problem: Callable[[Mapping[str, float]], str] = lambda columns: ""
     say: Callable[..., None] = print
+    open_cache: OpenCache = no_cache
 
     @classmethod
     def for_objective(
-        cls, tokenizer: PreTrainedTokenizerBase, args: PreferenceConfig, needs: Needs, say: Callable[..., None] = print
+        cls,
+        tokenizer: PreTrainedTokenizerBase,
+        args: PreferenceConfig,
+        needs: Needs,
+        say: Callable[..., None] = print,
+        open_cache: OpenCache = no_cache,
     ) -> Preparation:
         """What the rows of a run with this objective must be."""
         paired = True if needs.paired_required else None
         columns = needs.columns, needs.optional_columns
-        return cls(tokenizer, args, *columns, paired, needs.mismatched, needs.row_problem, say)
+        return cls(tokenizer, args, *columns, paired, needs.mismatched, needs.row_problem, say, open_cache)
 
     def train_and_test(self, spec: DataSpec) -> tuple[TokenDataset, TokenDataset | None]:
         """Training rows and, where the source has some or sets some aside, test rows."""
@@ -132,7 +138,15 @@ class Preparation:
         )
         optional = (*self.optional_columns, WEIGHT)
         refuse_rows(examples, (*self.columns, *optional), self.row_problem)
-        tokens = tokenize_examples(examples, self.tokenizer, settings, self.columns, optional)
+        tokens = tokenize_examples(
+            examples,
+            self.tokenizer,
+            settings,
+            self.columns,
+            optional,
+            processes=args.dataset_num_proc,
+            open_cache=self.open_cache,
+        )
         self.say(*(f"{title}: {line}" for line in (*report.lines(), *tokens.report.lines())))
         _number(tokens.rows)
         data = TokenDataset(tokens.rows, {"data": report.as_dict(), "tokens": tokens.report.as_dict()})

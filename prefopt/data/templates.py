@@ -113,9 +113,11 @@ class ChatRenderer:
         return RenderedAnswer(whole[: spans[0][0]], tuple(_pieces(whole, spans)), self._closed(conversation, whole))
 
     def _closed(self, conversation: _Conversation, whole: str) -> bool:
-        if any(whole.rstrip().endswith(marker) for marker in self._markers):
-            return True
         last = len(conversation.answer) - 1
+        said = (conversation.answer[last].get("content") or "").rstrip()
+        # Not where the message itself ends with it: what came before must not decide on this row.
+        if any(whole.rstrip().endswith(marker) and not said.endswith(marker) for marker in self._markers):
+            return True
         around = conversation.around(last + 1, last, {"role": "assistant"})
         if around is None:
             return True

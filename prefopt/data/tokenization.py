@@ -10,26 +10,19 @@ whole; where tokens merge over a border, that answer is tokenised piece by piece
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-from tqdm.auto import tqdm
 
 from prefopt.data.answers import TARGET
-from prefopt.data.columns import check_columns, target_of
-from prefopt.data.templates import (
-    ChatRenderer,
-    Piece,
-    RenderedRow,
-    Tokens,
-    border_texts,
-    common_prefix_tokens,
-    joint_tokens,
-    require_template,
-)
-from prefopt.data.truncation import IDENTICAL, Answer, Fitted, Ids, LengthPolicy, TokenReport, check_choice, fit
+from prefopt.data.columns import check_columns
+from prefopt.data.drafting import CHUNK, DraftCache, draft_all
+from prefopt.data.drafts import Draft, Drafter, DraftSettings, parts_of
+from prefopt.data.templates import require_template
+from prefopt.data.truncation import IDENTICAL, Fitted, LengthPolicy, TokenReport, check_choice, fit
 from prefopt.errors import DataError, UserError
 
 if TYPE_CHECKING:
@@ -40,7 +33,7 @@ if TYPE_CHECKING:
 PROMPT_BOUNDARIES = ("generation_prompt", "common_prefix")
 IDENTICAL_PAIRS = ("drop", "refuse")
 
-_CHUNK = 1000  # examples per round of calls to the tokenizer
+OpenCache = Callable[[DraftSettings], DraftCache | None]
 
 
 @dataclass(frozen=True)
@@ -82,16 +75,25 @@ class TokenizedData(NamedTuple):
     report: TokenReport
 
 
+def no_cache(settings: DraftSettings) -> None:
+    """Keeps nothing."""
+
+
 def tokenize_examples(
     examples: Sequence[Example],
     tokenizer: PreTrainedTokenizerBase,
     settings: TokenSettings,
     columns: tuple[str, ...] = (),
     optional_columns: tuple[str, ...] = (),
+    *,
+    processes: int | None = 1,
+    open_cache: OpenCache = no_cache,
 ) -> TokenizedData:
     """Token rows of `examples`, in their order, with the `columns` the loss declares: numbers, and `target`.
 
-    An optional column is carried along if every example has it and left out if none has.
+    An optional column is carried along if every example has it and left out if none has. `processes` tokenise, as many
+    as pay when it is None. `open_cache` gives the place where ids are kept from one run to the next. Neither changes
+    what comes out.
 
     Raises:
         DataError: a row cannot be tokenised as it stands or lacks a column (it is named), nothing is left, or more than
@@ -106,67 +108,22 @@ def tokenize_examples(
     chat = next((example for example in examples if isinstance(example.prompt, list)), None)
     if chat is not None:
         require_template(tokenizer, chat.where)
+    names = _declared_columns(examples, columns, optional_columns)
+    drafting = DraftSettings(settings.prompt_boundary, settings.chat_template_kwargs, targets=TARGET in names)
+    drafter = Drafter(tokenizer, drafting)
+    cache = open_cache(drafting) if len(examples) >= CHUNK else None
     report = TokenReport(len(examples))
-    maker = _RowMaker(tokenizer, settings, _declared_columns(examples, columns, optional_columns), report)
-    rows: list[dict[str, Any]] = []
-    with tqdm(total=len(examples), desc="Tokenising", disable=len(examples) <= _CHUNK) as bar:
-        for start in range(0, len(examples), _CHUNK):
-            chunk = examples[start : start + _CHUNK]
-            rows += maker.rows(chunk)
-            bar.update(len(chunk))
+    maker = _RowMaker(tokenizer, settings, names, report)
+    drafts = chain.from_iterable(draft_all(examples, drafter, processes, cache))
+    made = (maker.row(example, draft) for example, draft in zip(examples, drafts, strict=True))
+    rows = [row for row in made if row is not None]
     report.refuse(settings.max_dropped)
     report.measure(rows)
     return TokenizedData(rows, report)
 
 
-class TextEncoder:
-    """Text to ids without special tokens, many texts in one call of the tokenizer.
-
-    `prefix` holds the ids this tokenizer puts before a text of its own accord (a BOS, or nothing).
-    """
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        self._tokenizer = tokenizer
-        plain = self.many(["a"])["a"]
-        marked = list(tokenizer("a")["input_ids"])
-        fits = (start for start in range(len(marked)) if marked[start : start + len(plain)] == plain)
-        self.prefix: list[int] = marked[: next(fits, 0)]
-        # SentencePiece-like tokenizers put a blank before every text, which a continuation must not get.
-        self._adds_blank = tokenizer.decode(plain + plain, clean_up_tokenization_spaces=False) != "aa"
-
-    def many(self, texts: Iterable[str]) -> dict[str, list[int]]:
-        """Ids of each text."""
-        unique = list(dict.fromkeys(texts))
-        if not unique:
-            return {}
-        encoded = self._tokenizer(unique, add_special_tokens=False, return_attention_mask=False, verbose=False)
-        return dict(zip(unique, encoded["input_ids"], strict=True))
-
-    def continuations(self, texts: Iterable[str]) -> dict[str, list[int]]:
-        """Ids of each text as it goes on after another one."""
-        if not self._adds_blank:
-            return self.many(texts)
-        return {text: self._after_anchor(text) for text in dict.fromkeys(texts)}
-
-    def _after_anchor(self, text: str) -> list[int]:
-        for anchor in ("\n", "a", "."):
-            ids = self.many([anchor, anchor + text])
-            head, whole = ids[anchor], ids[anchor + text]
-            if whole[: len(head)] == head:
-                return whole[len(head) :]
-        raise DataError(f"this tokenizer cannot continue a text with {text[:40]!r}: give the row as a conversation")
-
-
-class _Draft(NamedTuple):
-    """Ids of one example before any limit, and what was noted on the way."""
-
-    prompt: list[int]
-    answers: list[Tokens]
-    notes: list[str]
-
-
 class _RowMaker:
-    """Turns chunks of examples into token rows and keeps the report."""
+    """Turns drafts into token rows and keeps the report."""
 
     def __init__(
         self,
@@ -179,84 +136,12 @@ class _RowMaker:
         self._columns = tuple(name for name in columns if name != TARGET)
         self._targets = TARGET in columns
         self._report = report
-        self._encoder = TextEncoder(tokenizer)
-        self._renderer = ChatRenderer(tokenizer, settings.chat_template_kwargs)
         self._bos: int | None = tokenizer.bos_token_id
-        self._eos: int | None = tokenizer.eos_token_id
-        self._vocabulary = len(tokenizer)
 
-    def rows(self, examples: Sequence[Example]) -> list[dict[str, Any]]:
-        """Token rows of a chunk, without those that are left out."""
-        texts = [example for example in examples if isinstance(example.prompt, str)]
-        chats = [example for example in examples if not isinstance(example.prompt, str)]
-        drafts = self._text_drafts(texts) | self._chat_drafts(chats)
-        rows = (self._row(example, drafts[id(example)]) for example in examples)
-        return [row for row in rows if row is not None]
-
-    def _answers(self, example: Example) -> dict[str, Any]:
-        """The answers of an example by column name."""
-        if not example.paired:
-            return {"completion": example.completion}
-        pair = {"chosen": example.chosen, "rejected": example.rejected}
-        return {**pair, TARGET: target_of(example)} if self._targets else pair
-
-    # Examples to drafts
-
-    def _text_drafts(self, examples: Sequence[Example]) -> dict[int, _Draft]:
-        prompts = self._encoder.many(str(example.prompt) for example in examples)
-        texts = self._encoder.continuations(text for example in examples for text in self._answers(example).values())
-        drafts = {}
-        for example in examples:
-            prompt = [*self._encoder.prefix, *prompts[str(example.prompt)]]
-            if not prompt and self._bos is not None:
-                prompt = [self._bos]
-            answers = [self._ended(example, texts[text]) for text in self._answers(example).values()]
-            drafts[id(example)] = _Draft(prompt, [(ids, [True] * len(ids)) for ids in answers], [])
-        return drafts
-
-    def _chat_drafts(self, examples: Sequence[Example]) -> dict[int, _Draft]:
-        rendered = {id(example): self._renderer.row(example, self._answers(example)) for example in examples}
-        ids = self._encoder.many(text for row in rendered.values() for text in border_texts(row))
-        return {id(example): self._chat_draft(example, rendered[id(example)], ids) for example in examples}
-
-    def _chat_draft(self, example: Example, row: RenderedRow, ids: Mapping[str, list[int]]) -> _Draft:
-        prompt, notes = ids[row.prompt], []
-        laid_out = [joint_tokens(row.prompt, answer.pieces, ids) for answer in row.answers]
-        if None in laid_out or any(answer.before != row.prompt for answer in row.answers):
-            notes.append("prompt_not_prefix")
-        if notes and self._settings.prompt_boundary == "common_prefix":
-            prompt, answers = common_prefix_tokens(row, ids)
-        else:
-            pairs = zip(laid_out, row.answers, strict=True)
-            answers = [self._piecewise(answer.pieces) if found is None else found for found, answer in pairs]
-        for index, (tokens, flags) in enumerate(answers):
-            if not row.answers[index].closed:
-                ended = self._ended(example, tokens)
-                answers[index] = (ended, flags + [True] * (len(ended) - len(tokens)))
-                notes.append("eos_appended")
-        return _Draft(prompt, answers, notes)
-
-    def _piecewise(self, pieces: Sequence[Piece]) -> Tokens:
-        """Ids of an answer whose tokens merge over a border: each piece by itself."""
-        ids = self._encoder.continuations(piece.text for piece in pieces)
-        flags = [piece.scored for piece in pieces for _ in ids[piece.text]]
-        return [token for piece in pieces for token in ids[piece.text]], flags
-
-    def _ended(self, example: Example, ids: list[int]) -> list[int]:
-        """The ids with exactly one end-of-sequence token at their end."""
-        if self._eos is None:
-            raise UserError(
-                f"{example.where}: the answer needs an end-of-sequence token and the tokenizer has none. "
-                "Set `tokenizer.eos_token`"
-            )
-        return ids if ids and ids[-1] == self._eos else [*ids, self._eos]
-
-    # Drafts to rows
-
-    def _row(self, example: Example, draft: _Draft) -> dict[str, Any] | None:
-        self._refuse_two_bos(example, draft.prompt)
-        prompt = self._array(example, draft.prompt)
-        answers = tuple(Answer(self._array(example, ids), np.array(flags, dtype=bool)) for ids, flags in draft.answers)
+    def row(self, example: Example, draft: Draft) -> dict[str, Any] | None:
+        """The token row of an example; None when it is left out."""
+        prompt, answers, notes = draft
+        self._refuse_two_bos(example, prompt[:2].tolist())
         if not len(prompt):
             for answer in answers:
                 answer.scored[:1] = False  # no hidden state predicts the first token
@@ -271,7 +156,7 @@ class _RowMaker:
                 f"{example.where} (prompt {len(prompt)} tokens, {lengths} after it; limit {self._settings.max_length})",
             )
             return None
-        for note in dict.fromkeys([*draft.notes, *_cuts(fitted)]):
+        for note in (*notes, *_cuts(fitted)):
             self._report.note(note, str(example.where))
         return self._token_row(example, fitted)
 
@@ -281,7 +166,7 @@ class _RowMaker:
             "row": example.where.row,
             "prompt_ids": fitted.prompt,
         }
-        for part, answer in zip(self._answers(example), fitted.answers, strict=True):
+        for part, answer in zip(parts_of(example, self._targets), fitted.answers, strict=True):
             row[f"{part}_ids"], row[f"{part}_scored"] = answer
         if example.desirable is not None:
             row["desirable"] = example.desirable
@@ -296,24 +181,14 @@ class _RowMaker:
             )
         self._report.drop(IDENTICAL, str(example.where))
 
-    def _refuse_two_bos(self, example: Example, prompt: list[int]) -> None:
-        if self._bos is not None and prompt[:2] == [self._bos, self._bos]:
+    def _refuse_two_bos(self, example: Example, start: list[int]) -> None:
+        if self._bos is not None and start == [self._bos, self._bos]:
             cause = (
                 "the text begins with it and the tokenizer adds another. Remove it from the text"
                 if isinstance(example.prompt, str)
                 else "the chat template writes it twice, or a message begins with it. Remove one of the two"
             )
             raise DataError(f"{example.where}, prompt: two beginning-of-sequence tokens in a row: {cause}")
-
-    def _array(self, example: Example, ids: list[int]) -> Ids:
-        # A special token that the tokenizer lacks shows as None.
-        array = np.array([-1] if None in ids else ids, dtype=np.int32)
-        if array.size and not 0 <= array.min() <= array.max() < self._vocabulary:
-            raise UserError(
-                f"{example.where}: the tokenizer gave an id outside its vocabulary of {self._vocabulary} entries. "
-                "Check that its special tokens are part of the vocabulary"
-            )
-        return array
 
 
 def _declared_columns(

@@ -18,7 +18,6 @@ from prefopt.config import PreferenceConfig
 from prefopt.console import say
 from prefopt.data import Example, load_train_test
 from prefopt.data.dataset import TokenDataset
-from prefopt.data.prepare import Preparation
 from prefopt.errors import UserError
 from prefopt.losses import Objective
 from prefopt.losses.trial import try_losses
@@ -30,6 +29,7 @@ from prefopt.report.progress import LastStep, show_progress
 from prefopt.report.results import METRICS_FILE, MetricsFile, read_metrics, write_results
 from prefopt.resuming import AUTO, NEVER, checkpoint_to_resume
 from prefopt.scratch import build_model, train_tokenizer
+from prefopt.token_cache import preparation
 from prefopt.trainer import PreferenceTrainer
 
 BAD_ROWS = ("on_bad_row", "max_bad_rows")
@@ -62,8 +62,7 @@ def train(recipe: Recipe) -> dict[str, Any]:
     args = recipe.training_arguments()
     with phases.phase("data"):
         tokenizer = open_tokenizer(recipe)
-        preparation = Preparation.for_objective(tokenizer, args, objective, say=say)
-        data, test = preparation.train_and_test(recipe.data_spec())
+        data, test = preparation(tokenizer, args, objective).train_and_test(recipe.data_spec())
         data = check_rows(objective, data)
         test = check_rows(objective, test, like=data)
     with phases.phase("model"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,13 @@ def implementation(model: nn.Module) -> dict[str, Any]:
     """
     kind = model_class(model)
     classes = {base for module in model.modules() for base in type(module).__mro__}
-    sources = {_hash_source(base) for base in classes if not _is_of_library(base)}
-    return {"class": qualified_name(kind) if _is_of_library(kind) else kind.__qualname__, "sources": sorted(sources)}
+    name = qualified_name(kind) if _is_of_library(kind) else kind.__qualname__
+    return {"class": name, "sources": sources_of(classes)}
+
+
+def sources_of(classes: Iterable[type]) -> list[str]:
+    """Hashes of the sources of those of the classes that belong to none of the libraries."""
+    return sorted({_hash_source(kind) for kind in classes if not _is_of_library(kind)})
 
 
 def model_class(model: nn.Module) -> type:

@@ -1,4 +1,4 @@
-"""A row of the store as bytes: an array of floats with its form, and a checksum that says where it belongs.
+"""A row of the store as bytes: an array of numbers with its form, and a checksum that says where it belongs.
 
 The checksum covers the entry's key, the row's id, its type and shape, and its bytes. So a flipped bit shows, and so do
 two rows that changed places and a row that came from the file of another model.
@@ -12,7 +12,7 @@ import numpy as np
 import xxhash
 
 # Little-endian on every machine. bfloat16, which numpy lacks, travels as the unsigned integers that share its bits.
-_FORMS = ("<f2", "<f4", "<f8", "<u2")
+_FORMS = ("<f2", "<f4", "<f8", "<u2", "<i4")
 _EXPONENT = 0x7F80  # of bfloat16; all ones for infinity and NaN
 
 ID_BYTES = 32

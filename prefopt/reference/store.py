@@ -160,8 +160,8 @@ class Entry:
     def write(self, rows: Mapping[bytes, np.ndarray]) -> None:
         """Keep rows: all of them, on the disk, when this returns, or none when it raises.
 
-        Floats, or bfloat16 as the unsigned integers of its bits; any shape. Raises `ValueError` for values that are not
-        finite, and `UserError` when the file cannot be written.
+        Floats, bfloat16 as the unsigned integers of its bits, or int32; any shape. Raises `ValueError` for values that
+        are not finite, and `UserError` when the file cannot be written.
         """
         encoded = [encode(self._key, id, values) for id, values in sorted(rows.items())]
         if encoded:
@@ -230,7 +230,7 @@ class Entry:
         if aside:
             self._store.tell(
                 f"reference store: {self.path} is damaged ({reason}). It is kept as {aside.name}; {kept:,} rows could "
-                "be taken over from it, and what is missing is scored again"
+                "be taken over from it, and what is missing is computed again"
             )
 
     def _remove(self, numbers: Collection[int]) -> None:
@@ -239,7 +239,7 @@ class Entry:
         removed = self._work(lambda db: database.remove_damaged(db, self._key, numbers), writing=True)
         if removed:
             self._store.tell(
-                f"reference store: {self.path}: {removed:,} damaged row{'s' * (removed != 1)} removed, to be scored "
+                f"reference store: {self.path}: {removed:,} damaged row{'s' * (removed != 1)} removed, to be computed "
                 "again when needed"
             )
 

@@ -11,9 +11,10 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
+from prefopt.data.drafts import TextEncoder
 from prefopt.data.formats import Example, RowParser
 from prefopt.data.problems import RawRow, Where
-from prefopt.data.tokenization import TextEncoder, TokenSettings, tokenize_examples
+from prefopt.data.tokenization import TokenSettings, tokenize_examples
 from prefopt.errors import DataError, UserError
 from tests.helpers import WORDS, make_tokenizer, text_pairs
 
@@ -198,7 +199,7 @@ def test_chunks_do_not_matter(monkeypatch):
     rows = [chat_pair(row["prompt"], row["chosen"], row["rejected"]) for row in text_pairs(11)]
     tokenizer = make_tokenizer()
     whole = tokenize(rows, tokenizer).rows
-    monkeypatch.setattr("prefopt.data.tokenization._CHUNK", 3)
+    monkeypatch.setattr("prefopt.data.drafting.CHUNK", 3)
     for row, other in zip(tokenize(rows, tokenizer).rows, whole, strict=True):
         assert row.keys() == other.keys()
         assert all(np.array_equal(row[key], other[key]) for key in row if key != "columns")

@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from prefopt.data import drafting
 from prefopt.errors import UserError
 from tests.distributed.worker import CASES, RESUMED, logged, resume, run
 from tests.helpers import text_pairs
@@ -77,6 +78,10 @@ def test_a_resumed_run_ends_with_the_same_bits(tmp_path, two_ranks):
 def test_a_signal_to_one_rank_stops_both_after_the_same_step(two_ranks):
     for found in two_ranks:
         assert found["interrupted"] == {"status": 143, "stopped after": 7, "same": True}
+
+
+def test_one_rank_tokenises_and_the_other_reads(two_ranks):
+    assert [found["drafted"] for found in two_ranks] == [40, drafting._CHECKED]
 
 
 def test_both_ranks_hear_a_refusal(two_ranks):

@@ -165,7 +165,7 @@ def test_a_damaged_row_is_removed_and_the_others_stay(tmp_path, kind):
     assert right(found) and len(found) == len(IDS) - number
     plural = "s" * (number > 1)
     assert told == [
-        f"reference store: {entry.path}: {number} damaged row{plural} removed, to be scored again when needed"
+        f"reference store: {entry.path}: {number} damaged row{plural} removed, to be computed again when needed"
     ]
     assert entry.missing(IDS) == set(IDS) - set(found)
     assert is_mended(entry) and len(told) == 1
