@@ -21,7 +21,6 @@ from prefopt.benchmark.ways import (
     CAUSES,
     FLOOR,
     GROUPED,
-    HAS_LAYOUTS,
     PLAIN,
     WAYS,
     Load,
@@ -53,8 +52,6 @@ def run(options: Options, names: tuple[str, ...] = profiles.NAMES, precisions: t
                 lines[way.name].append((f"{name}, {precision}", _rate(times[way.name], loads[way.name].pairs)))
         work = Work.of(profile, options, options.shape)
         report.tables += [_memory(f"{name} lengths, float32", work), _shares(f"{name} lengths, float32", work)]
-    if not HAS_LAYOUTS:
-        report.notes.append("This installation has no `row_layout`, so prompts are not shared between the answers.")
     report.notes.append(
         "Both trainers: reference scored beforehand, activations kept, AdamW, clipping, the loop's own callbacks and "
         "log. TRL's fused head runs here as its installed version chooses: on scored positions with Triton, on all "

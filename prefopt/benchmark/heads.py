@@ -8,14 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from prefopt.benchmark.setting import device
-from prefopt.errors import UserError
 from prefopt.scoring import score_tokens
+from prefopt.scoring.distribution import Distribution, ExpectedRows
+from prefopt.scoring.expected import expected_rows
+from prefopt.scoring.head import statistics_of
 
 Statistics = dict[str, Tensor]
 
@@ -54,11 +57,23 @@ class HeadInputs:
         self.targets = torch.randint(0, shape.vocabulary, (shape.tokens,), generator=random).to(device())
         self.ref_logp = torch.zeros(shape.tokens, device=device())  # what a cache would hold; its value costs nothing
 
+    @cached_property
+    def rows(self) -> ExpectedRows:
+        """What a cache would hold of a reference that shares the policy's head."""
+        return expected_rows(Distribution(self.ref_hidden, self.head.detach()), self.targets)
+
 
 def _ours(inputs: HeadInputs, *statistics: str) -> Statistics:
     reference = {"ref_hidden": inputs.ref_hidden, "ref_head": inputs.ref_head} if "ref_logp" in statistics else {}
     found = score_tokens(inputs.hidden, inputs.head, inputs.targets, statistics=statistics, **reference)
     return {"ref_logp": inputs.ref_logp, **found}
+
+
+def _frozen(inputs: HeadInputs, *statistics: str) -> Statistics:
+    """With a head that does not train, against expected rows of it."""
+    policy = Distribution(inputs.hidden, inputs.head.detach())
+    rows = inputs.rows if "ref_logp" in statistics else None
+    return {"ref_logp": inputs.ref_logp, **statistics_of(policy, inputs.targets, statistics, rows)}
 
 
 def _dense(inputs: HeadInputs, *statistics: str) -> Statistics:
@@ -103,7 +118,10 @@ def _tdpo2(found: Statistics) -> Tensor:
 
 @dataclass(frozen=True)
 class HeadWay:
-    """A way from hidden states to gradients: who scores, what, and for which loss; `floor` has nothing but products."""
+    """A way from hidden states to gradients: who scores, what, and for which loss; `floor` has nothing but products.
+
+    `frozen` is prefopt's with a head that does not train, against expected rows where the loss compares distributions.
+    """
 
     loss: str
     kind: str
@@ -117,7 +135,7 @@ class HeadWay:
         if self.kind == "floor":
             multiply(inputs, PRODUCTS[self.loss])
             return
-        score = {"prefopt": _ours, "dense": _dense}[self.kind]
+        score = {"prefopt": _ours, "dense": _dense, "frozen": _frozen}[self.kind]
         statistics = ("logp",) if self.loss == "dpo" else ("logp", "ref_logp", "forward_kl")
         _LOSSES[self.loss](score(inputs, *statistics)).backward()
         inputs.hidden.grad = inputs.head.grad = None
@@ -129,7 +147,7 @@ _LOSSES: dict[str, Callable[[Statistics], Tensor]] = {"dpo": _dpo, "tdpo1": _tdp
 # the gradients of hidden states and head. Then DPO: the policy's again. TDPO1: the reference's, twice, since no policy
 # probability is left in the gradient of its sum. TDPO2: the policy's again, the reference's and half of that again.
 PRODUCTS = {"dpo": 4.0, "tdpo1": 5.0, "tdpo2": 5.5}
-HEAD_WAYS = tuple(HeadWay(loss, kind) for kind in ("prefopt", "dense", "floor") for loss in _LOSSES)
+HEAD_WAYS = tuple(HeadWay(loss, kind) for kind in ("prefopt", "dense", "frozen", "floor") for loss in _LOSSES)
 
 
 def multiply(inputs: HeadInputs, products: float) -> None:
@@ -147,17 +165,10 @@ def multiply(inputs: HeadInputs, products: float) -> None:
             logits.t() @ hidden
 
 
-def missing_statistics() -> str:
-    """Why this installation cannot score TDPO, in its own words; empty when it can."""
-    try:
-        HeadWay("tdpo2", "prefopt").step(HeadInputs(HeadShape(2 * _PAIRS, 4, 8)))
-    except UserError as error:
-        return str(error)
-    return ""
-
-
 def one_head_step(shape: HeadShape, way: HeadWay) -> Iterator[None]:
     """One step for a process of its own; the inputs do not count."""
     inputs = HeadInputs(shape)
+    if way.kind == "frozen":
+        _ = inputs.rows
     yield
     way.step(inputs)

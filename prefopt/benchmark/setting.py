@@ -17,6 +17,7 @@ from unittest.mock import patch
 
 import numpy as np
 import torch
+from peft import PeftConfig
 from tokenizers import Tokenizer, models
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Trainer
 
@@ -122,11 +123,18 @@ def settings(options: Options, folder: Path, *, precision: str = "float32", **ch
 
 
 def our_trainer(
-    rows: Rows, shape: Shape, given: Mapping[str, Any], loss: str | Loss | Objective = "dpo", **changes: Any
+    rows: Rows,
+    shape: Shape,
+    given: Mapping[str, Any],
+    loss: str | Loss | Objective = "dpo",
+    *,
+    adapter: PeftConfig | None = None,
+    source: str = "cached",
+    **changes: Any,
 ) -> PreferenceTrainer:
-    """prefopt's trainer on token rows, activations kept, reference scores cached unless told otherwise."""
-    store = {"source": "cached", "store": str(Path(given["output_dir"]) / "reference")}
-    reference = store if Objective.of(loss).reference == "logp" else None
+    """prefopt's trainer on token rows, activations kept, the reference cached unless told otherwise."""
+    block = {"source": source, "store": str(Path(given["output_dir"]) / "reference")}
+    reference = None if Objective.of(loss).reference == "none" else block
     ours = {"activation_checkpointing": False, "reference": reference, **given, **changes}
     return PreferenceTrainer(
         shape.model(),
@@ -134,6 +142,7 @@ def our_trainer(
         loss=loss,
         train_dataset=TokenDataset([_as_arrays(row) for row in rows]),
         processing_class=tokenizer(),
+        peft_config=adapter,
     )
 
 

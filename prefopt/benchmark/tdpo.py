@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
+
+from peft import LoraConfig
 
 from prefopt.benchmark import profiles
 from prefopt.benchmark.heads import (
@@ -14,7 +17,6 @@ from prefopt.benchmark.heads import (
     HeadInputs,
     HeadShape,
     HeadWay,
-    missing_statistics,
     one_head_step,
 )
 from prefopt.benchmark.memory import peak_of
@@ -22,7 +24,7 @@ from prefopt.benchmark.output import Cell, Chart, Report, Table
 from prefopt.benchmark.runs import trained_in_turns
 from prefopt.benchmark.setting import Options, Shape, device, our_trainer, quiet, settings
 from prefopt.benchmark.timing import Spread, Times, clock_of, ratio, take_turns
-from prefopt.losses import names
+from prefopt.trainer import PreferenceTrainer
 
 # One axis at a time, from the middle.
 SHAPES = (
@@ -30,16 +32,48 @@ SHAPES = (
     *(HeadShape(256, width, 32768) for width in (256, 1024, 2048)),
 )
 QUICK_SHAPES = (HeadShape(16, 8, 64), HeadShape(16, 8, 256))
-_LOSSES = ("dpo", "tdpo1", "tdpo2")
 _MIB = 2**20
+
+
+@dataclass(frozen=True)
+class StepWay:
+    """A step of the trainer: the loss, where its reference comes from, and whether only an adapter trains."""
+
+    loss: str
+    source: str
+    adapter: bool = False
+
+    @property
+    def name(self) -> str:
+        return f"{self.loss}, adapter, {self.source}" if self.adapter else f"{self.loss}, {self.source}"
+
+    @property
+    def asked(self) -> tuple[str, str]:
+        return self.loss, self.source
+
+    def trainer(self, rows: Any, options: Options, folder: Path) -> PreferenceTrainer:
+        """A trainer of this kind on these rows, the prompt shared."""
+        adapter = LoraConfig(r=16, target_modules="all-linear", task_type="CAUSAL_LM") if self.adapter else None
+        given = settings(options, folder / self.name.replace(", ", "_"), row_layout="shared")
+        return our_trainer(rows, options.shape, given, self.loss, adapter=adapter, source=self.source)
+
+
+STEP_WAYS = (
+    StepWay("dpo", "cached"),
+    StepWay("tdpo1", "live"),
+    StepWay("tdpo2", "live"),
+    StepWay("tdpo2", "cached"),
+    StepWay("dpo", "cached", adapter=True),
+    StepWay("tdpo2", "live", adapter=True),
+    StepWay("tdpo2", "cached", adapter=True),
+)
 
 
 def run(options: Options) -> Report:
     """Time and peak memory of the head for each shape, then a step of the trainer for each loss."""
     shapes = QUICK_SHAPES if options.quick else SHAPES
     report = Report("tdpo", {**options.about(), "clock": clock_of(device()).unit})
-    refused = missing_statistics()
-    ways = tuple(way for way in HEAD_WAYS if not (refused and way.kind == "prefopt" and way.loss != "dpo"))
+    ways = HEAD_WAYS
     lines: dict[str, list[tuple[Any, Spread]]] = {way.name: [] for way in ways if way.kind != "floor"}
     for shape in shapes:
         times = _time(shape, ways, options)
@@ -48,12 +82,7 @@ def run(options: Options) -> Report:
             points.append((str(shape), ratio(times[name], times["dpo, prefopt"])))
     few = (shapes[:1], ways[:1]) if options.quick else (shapes, ways)  # each takes a process
     report.tables.append(_peaks(*few, options.threads))
-    if refused:
-        report.notes.append(f"TDPO is left out, because this installation refuses it: {refused}")
-    losses = [loss for loss in _LOSSES if loss in names()]
-    report.tables.append(_steps(losses, options))
-    if len(losses) < len(_LOSSES):
-        report.notes.append(f"Losses of this installation: {', '.join(names())}.")
+    report.tables.append(_steps(options))
     report.chart = Chart("Head, forward and backward", "", "times DPO in prefopt", lines)
     return report
 
@@ -77,6 +106,7 @@ def _costs(shape: HeadShape, times: Times, ways: tuple[HeadWay, ...]) -> Table:
                 "times DPO": ratio(own, times["dpo, prefopt"]),
                 "products at least": PRODUCTS[way.loss] if way.kind == "prefopt" else None,
                 "times its floor": ratio(own, times[f"{way.loss}, floor"]) if way.kind == "prefopt" else None,
+                "times DPO, head frozen": ratio(own, times["dpo, frozen"]) if way.kind == "frozen" else None,
             }
         )
     return Table(f"Head, forward and backward, {shape}", rows)
@@ -91,44 +121,40 @@ def _peaks(shapes: tuple[HeadShape, ...], ways: tuple[HeadWay, ...], threads: in
         for way in ways:
             if way.kind != "floor":
                 peak = peak_of(one_head_step, shape, way, threads=threads).added / _MIB
-                row[way.name] = max(0, round(peak - gradient))
+                row[way.name] = max(0, round(peak - gradient * (way.kind != "frozen")))
         rows.append(row)
     return Table("Peak memory of the head beside its gradient, MiB", rows)
 
 
-def _steps(losses: list[str], options: Options) -> Table:
-    """Steps of the trainer on HH lengths, the reference cached for DPO and live for the others."""
+def _steps(options: Options) -> Table:
+    """Steps of the trainer on HH lengths; DPO's reference is cached, and adapters leave the head frozen."""
     profile = profiles.profile_for("hh", options)
     lengths = profile.lengths[profiles.steps_of(profile, options)]
     rows = profiles.token_rows(lengths.reshape(-1, 3), vocabulary=options.shape.vocabulary, seed=options.seed)
     with quiet(), TemporaryDirectory() as folder:
-        trainers: dict[str, Any] = {
-            loss: our_trainer(rows, options.shape, settings(options, Path(folder) / loss), loss) for loss in losses
-        }
-        body = trainers["dpo"].model.num_parameters(exclude_embeddings=True) - _head_size(options.shape)
+        trainers: dict[str, Any] = {way.name: way.trainer(rows, options, Path(folder)) for way in STEP_WAYS}
+        body = trainers["dpo, cached"].model.num_parameters(exclude_embeddings=True) - _head_size(options.shape)
         times = trained_in_turns(trainers, options)
-    read = int((lengths @ [2, 1, 1]).sum())
-    scored = int(lengths[..., 1:].sum())
-    flops = {loss: _flops(loss, body, read, scored, options.shape) for loss in losses}
-    return Table(
-        f"Step of the trainer, {profile.name} lengths, float32, {options.shape}",
-        [
+    read, scored = int(lengths.sum()), int(lengths[..., 1:].sum())
+    lines: list[dict[str, Cell]] = []
+    for way in STEP_WAYS:
+        base = times["dpo, adapter, cached" if way.adapter else "dpo, cached"]
+        flops = [_flops(loss, source, body, read, scored, options.shape) for loss, source in (way.asked, ("dpo", ""))]
+        lines.append(
             {
-                "loss": loss,
-                "seconds": Spread.of([seconds / options.steps for seconds in times[loss]]),
-                "times dpo": ratio(times[loss], times["dpo"]),
-                "flops, times dpo": flops[loss] / flops["dpo"],
+                "step": way.name,
+                "seconds": Spread.of([seconds / options.steps for seconds in times[way.name]]),
+                "times dpo": ratio(times[way.name], base),
+                "flops, times dpo": None if way.adapter else flops[0] / flops[1],
             }
-            for loss in losses
-        ],
-    )
+        )
+    return Table(f"Step of the trainer, {profile.name} lengths, float32, {options.shape}", lines)
 
 
 def _head_size(shape: Shape) -> int:
     return shape.vocabulary * shape.width
 
 
-def _flops(loss: str, body: int, read: int, scored: int, shape: Shape) -> float:
+def _flops(loss: str, source: str, body: int, read: int, scored: int, shape: Shape) -> float:
     """Of matrix products with parameters: six a token and parameter of the body, two more with a live reference."""
-    live = loss != "dpo"
-    return (8 if live else 6) * body * read + PRODUCTS[loss] * 2 * scored * _head_size(shape)
+    return (8 if source == "live" else 6) * body * read + PRODUCTS[loss] * 2 * scored * _head_size(shape)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -15,9 +15,6 @@ from prefopt.benchmark.profiles import Profile, steps_of, token_rows
 from prefopt.benchmark.runs import trained_in_turns
 from prefopt.benchmark.setting import Options, Shape, our_trainer, quiet, settings, trl_trainer
 from prefopt.benchmark.timing import Times
-from prefopt.config import PreferenceConfig
-
-HAS_LAYOUTS = "row_layout" in {setting.name for setting in fields(PreferenceConfig)}
 
 
 @dataclass(frozen=True)
@@ -38,7 +35,7 @@ SHARED = Way("prefopt, prompt shared", "prefopt", layout="shared", reads_once=Tr
 FLOOR = Way("floor", "floor", reads_once=True)
 
 # Each does one thing more than the one before it.
-WAYS = (AS_DOCUMENTED, GROUPED, PLAIN, *((SHARED,) if HAS_LAYOUTS else ()), FLOOR)
+WAYS = (AS_DOCUMENTED, GROUPED, PLAIN, SHARED, FLOOR)
 BEST = WAYS[-2]
 CAUSES = {GROUPED: "lengths grouped", PLAIN: "head on scored positions", SHARED: "prompt shared"}
 
@@ -69,7 +66,7 @@ class Work:
         given = settings(self.options, folder / way.name, precision=self.precision)
         if way.maker == "trl":
             return trl_trainer(rows, self.shape, given)
-        return our_trainer(rows, self.shape, given, **({"row_layout": way.layout} if HAS_LAYOUTS else {}))
+        return our_trainer(rows, self.shape, given, row_layout=way.layout)
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,6 @@ from typing import Any
 import pytest
 
 from prefopt.benchmark.command import main
-from prefopt.benchmark.heads import missing_statistics
-from prefopt.benchmark.ways import HAS_LAYOUTS
 from prefopt.losses import names
 
 
@@ -38,7 +36,7 @@ def test_dpo(tmp_path, capsys):
     body = run(tmp_path, "dpo", "--profiles", "hh", "--precisions", "bfloat16")
     ways = [row["way"] for row in rows(body, "rates")]
     assert ways[:3] == ["TRL, rows in random order", "TRL, lengths grouped", "prefopt, plain rows"]
-    assert ("prefopt, prompt shared" in ways) == HAS_LAYOUTS
+    assert "prefopt, prompt shared" in ways
     assert ways[-1] == "floor"
     shares = [float(share.rstrip("%")) for share in list(rows(body, "where a step's time goes")[0].values())[1:]]
     assert sum(shares) == pytest.approx(100, abs=0.5)
@@ -59,13 +57,10 @@ def test_tdpo(tmp_path):
     body = run(tmp_path, "tdpo")
     heads = [row["head"] for row in rows(body, "M 16, H 8, V 64")]
     assert {"dpo, prefopt", "tdpo2, dense"} <= set(heads)
-    if missing_statistics():
-        assert any("TDPO is left out" in note for note in body["notes"])
-        assert "tdpo2, prefopt" not in heads
-    else:
-        assert "tdpo2, prefopt" in heads
+    assert {"tdpo2, prefopt", "tdpo2, frozen"} <= set(heads)
     (steps,) = [table["rows"] for table in body["tables"] if table["title"].startswith("Step of the trainer")]
-    assert steps[0]["loss"] == "dpo" and steps[0]["times dpo"]["median"] == 1.0
+    assert steps[0]["step"] == "dpo, cached" and steps[0]["times dpo"]["median"] == 1.0
+    assert {"tdpo2, live", "tdpo2, adapter, cached"} <= {row["step"] for row in steps}
 
 
 def test_losses(tmp_path):
