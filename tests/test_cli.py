@@ -101,6 +101,18 @@ def test_help_names_every_command_and_loads_nothing_heavy():
     assert done.stdout.endswith("[]\n")
 
 
+@pytest.mark.parametrize("arguments", [["recipe", "dpo"], ["losses"]])
+def test_a_reader_may_leave_early(arguments):
+    """As in `prefopt recipe dpo | head -4`."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    code = "import sys; from prefopt import cli; sys.exit(cli.main(sys.argv[1:]))"
+    command = [sys.executable, "-c", code, *arguments]
+    done = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, timeout=60, check=False)
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (141, b"")
+
+
 def test_losses_lists_every_loss_with_its_line(prefopt):
     status, out, _ = prefopt("losses")
     assert status == 0

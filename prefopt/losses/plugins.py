@@ -64,4 +64,6 @@ def _where(fault: Exception, file: Path) -> str:
 def _what(fault: Exception) -> str:
     if isinstance(fault, SyntaxError):
         return f"not valid Python: {fault.msg}"
+    if isinstance(fault, TypeError) and "non-frozen dataclass" in str(fault):
+        return "a loss is a frozen dataclass: write @dataclass(frozen=True) above the class"
     return str(fault) if isinstance(fault, UserError) else f"{type(fault).__name__}: {fault}"
