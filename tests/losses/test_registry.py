@@ -274,8 +274,8 @@ def test_two_plugins_cannot_share_a_name(tmp_path):
         (PLUGIN.format(name="mine", slope=-2.0), r"my_loss\.py:\d+: loss `mine` \(Mine\): it cannot be made"),
         (PLUGIN.format(name="mine", slope=2.0) + "1 / 0\n", "ZeroDivisionError"),
         (
-            PLUGIN.replace("(frozen=True)", ""),
-            r"my_loss\.py:\d+: a loss is a frozen dataclass: write @dataclass.frozen=True",
+            PLUGIN.replace("(frozen=True)", "").format(name="mine", slope=2.0),
+            r"my_loss\.py:\d+: a loss is a frozen dataclass: write @dataclass\(frozen=True\) above",
         ),
     ],
 )
