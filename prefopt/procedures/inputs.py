@@ -10,7 +10,10 @@ from typing import TYPE_CHECKING, Any
 from huggingface_hub.utils.sha import sha_fileobj
 
 from prefopt.drift import FREE, as_facts, loss_facts
+from prefopt.errors import UserError
+from prefopt.losses.plugins import plugin_file
 from prefopt.procedures.stage import MakeStage, Stage
+from prefopt.report.card import PLUGINS
 
 if TYPE_CHECKING:
     from prefopt.recipe import Recipe
@@ -71,6 +74,22 @@ def plugin_files(recipe: Recipe) -> dict[str, Path]:
         if not module.startswith("prefopt.") and file:
             found[loss.name] = Path(file)
     return found
+
+
+def keep_plugins(recipe: Recipe) -> None:
+    """Copy the plugins of a recipe's losses into its run folder, where the recipe alone would not make the run again.
+
+    `UserError` for two files of one name, of which the second would be kept for both.
+    """
+    kept: dict[str, Path] = {}
+    for loss in recipe.objective().losses:
+        file = plugin_file(type(loss))
+        if file is not None and kept.setdefault(file.name, file) != file:
+            raise UserError(f"--plugin: {file} and {kept[file.name]} have the same name. Rename one of them.")
+    for name, file in kept.items():
+        copy = Path(recipe.output_dir) / PLUGINS / name
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        copy.write_bytes(file.read_bytes())
 
 
 def _sha256(path: Path) -> str:
