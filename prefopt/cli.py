@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import select
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,6 +14,7 @@ from pathlib import Path
 from prefopt.errors import Stopped, UserError
 
 _OVERRIDES = "Any setting of the recipe can be given as --key value, --key=value or --loss.beta value; it wins."
+_STDOUT = 1
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -24,7 +27,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if rest and not getattr(options, "takes_overrides", False):
         parser.error(f"unknown argument: {rest[0]}")
     try:
-        return options.run(options, rest) or 0
+        status = options.run(options, rest) or 0
+        sys.stdout.flush()  # what is left in the buffer may be too much for the reader as well
+        return status
+    except BrokenPipeError:
+        if not _reader_has_left():
+            raise
+        return 128 + signal.SIGPIPE
     except UserError as error:
         # A rank may fail alone, so each speaks; only the first speaks plainly.
         rank = "" if _is_first_rank() else f"[rank {os.environ['RANK']}] "
@@ -263,6 +272,16 @@ def _load_plugins(options: argparse.Namespace) -> None:
 def _is_first_rank() -> bool:
     """Whether this process speaks and writes for all: ranks that fail together would say the same several times."""
     return os.environ.get("RANK", "0") == "0"
+
+
+def _reader_has_left() -> bool:
+    """Whether nobody reads what is printed, as after `| head`; the interpreter's own last flush then fails no more."""
+    asked = select.poll()
+    asked.register(_STDOUT, 0)
+    if not any(event & select.POLLERR for _, event in asked.poll(0)):
+        return False
+    os.dup2(os.open(os.devnull, os.O_WRONLY), _STDOUT)
+    return True
 
 
 def _leave_together() -> None:

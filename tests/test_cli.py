@@ -15,7 +15,7 @@ import pytest
 import yaml
 
 from prefopt import cli
-from prefopt.losses import names
+from prefopt.losses import get, names
 from prefopt.losses.registry import forget
 from tests.helpers import make_model, make_tokenizer, text_pairs
 
@@ -99,6 +99,18 @@ def test_help_names_every_command_and_loads_nothing_heavy():
     for command in ("train", "explain", "recipe", "losses", "evaluate"):
         assert f"\n    {command} " in done.stdout
     assert done.stdout.endswith("[]\n")
+
+
+@pytest.mark.parametrize("arguments", [["recipe", "dpo"], ["losses"]])
+def test_a_reader_may_leave_early(arguments):
+    """As in `prefopt recipe dpo | head -4`."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    code = "import sys; from prefopt import cli; sys.exit(cli.main(sys.argv[1:]))"
+    command = [sys.executable, "-c", code, *arguments]
+    done = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, timeout=60, check=False)
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (141, b"")
 
 
 def test_losses_lists_every_loss_with_its_line(prefopt):
@@ -263,6 +275,36 @@ def test_a_plugin_is_a_loss_like_any_other(prefopt, folder, without_plugins):
     recipe = yaml.safe_load((folder / "runs/plugin/recipe.yaml").read_text())
     assert recipe["loss"] == {"name": "squared_hinge", "beta": 0.2}
     assert "rewards/margins" in (folder / "runs/plugin/metrics.jsonl").read_text()
+
+
+def test_a_run_keeps_the_plugin_it_was_made_with(prefopt, folder, without_plugins):
+    """The card's command makes it again where the rows are; the copy is the same formula as the original."""
+    options = ("--loss.name", "squared_hinge", "--output_dir", "runs/kept", "--max_steps", "1")
+    assert prefopt("train", "my.yaml", "--plugin", str(PLUGIN), *options)[0] == 0
+    kept = folder / "runs/kept/plugins" / PLUGIN.name
+    assert kept.read_bytes() == PLUGIN.read_bytes()
+    command = f"`prefopt train recipe.yaml --plugin plugins/{PLUGIN.name}` makes this model again"
+    assert command in (folder / "runs/kept/README.md").read_text()
+    forget(get("squared_hinge").__module__)
+    again = ("train", "runs/kept/recipe.yaml", "--plugin", str(kept))
+    status, out, _ = prefopt(*again)
+    assert (status, "done before" in out) == (0, True)
+    assert prefopt(*again, "--output_dir", "runs/again")[0] == 0
+    first, second = (json.loads((folder / run / "results.json").read_text()) for run in ("runs/kept", "runs/again"))
+    assert first["train"]["loss"] == second["train"]["loss"]
+
+
+def test_a_loss_that_averages_is_refused_before_anything_is_opened(prefopt, folder, without_plugins):
+    per_pair = "LossOutput(torch.relu(1 - (a - b)) ** 2,"
+    assert per_pair in PLUGIN.read_text()
+    text = PLUGIN.read_text().replace(per_pair, "LossOutput((torch.relu(1 - (a - b)) ** 2).mean(),")
+    (folder / "averaged.py").write_text(text)
+    (folder / "no_model.yaml").write_text(RECIPE.replace("tiny", "not_there"))
+    options = ("--plugin", "averaged.py", "--loss.name", "squared_hinge", "--output_dir", "runs/averaged")
+    for command in ("train", "explain"):
+        status, _, err = prefopt(command, "no_model.yaml", *options)
+        assert status == 2
+        assert "averaged.py: loss `squared_hinge` (SquaredHinge): it returned a single number for 2 pairs" in err
 
 
 def test_a_recipe_alone_never_imports_a_plugin(prefopt):

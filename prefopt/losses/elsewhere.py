@@ -28,7 +28,7 @@ _SENTENCES = {
     "online": "`{}` is a procedure, not a loss: rounds of sampling, judging and training with any pair loss.",
 }
 
-# Only names that differ: `hinge` (RSO's, not SLiC's), `ipo`, `apo_zero`, `discopop` and others are called the same.
+# Only names that differ.
 IN_TRL = {
     "sigmoid": "dpo",
     "sigmoid_norm": "dpo_norm",
@@ -40,6 +40,8 @@ IN_TRL = {
     "kto_pair": "kto",
     "aot_pair": "aot",
 }
+# Called the same here, once they are: `hinge` (RSO's, not SLiC's) and `ipo` are. Anyone may register the others.
+_SAME_IN_TRL = {"aot", "aot_unpaired", "apo_down", "apo_zero", "apo_zero_unpaired", "cpo", "discopop", "orpo"}
 
 
 def explain(name: str, registered: Collection[str]) -> str:
@@ -48,6 +50,8 @@ def explain(name: str, registered: Collection[str]) -> str:
     if key in IN_TRL:
         target = IN_TRL[key]
         return f"TRL's `{name}` is `{target}` here{'.' if target in registered else ', but not in this version.'}"
+    if key in _SAME_IN_TRL:
+        return f"TRL's `{name}` is not in this version."
     sentence = _SENTENCES.get(key, "").format(name)
     return re.sub(r"<(\w+)>", lambda found: _here(found[1], registered), sentence)
 

@@ -1,7 +1,7 @@
 """Knobs: the hyper-parameters of a loss, each with its range, its meaning and the values its paper used.
 
-A knob is a field of the loss's dataclass. Written plainly (`beta: float = 0.1`) it is checked for type and finiteness;
-written `beta: float = knob(0.1, help=..., above=0)` it also has a range and a place on the loss's page.
+A knob is a field of the loss's dataclass, written `beta: float = knob(0.1, help=..., above=0)`. No knob of a registered
+loss is without a meaning and, unless it is true or false, a range or choices.
 """
 
 from __future__ import annotations

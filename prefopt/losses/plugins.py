@@ -13,6 +13,8 @@ from types import ModuleType
 from prefopt.errors import UserError
 from prefopt.losses.registry import forget, registered_by
 
+_PREFIX = "prefopt_plugin_"
+
 
 def load_plugin(path: str | os.PathLike[str]) -> list[str]:
     """Run a Python file and give the names of the losses it registered.
@@ -33,9 +35,15 @@ def load_plugin(path: str | os.PathLike[str]) -> list[str]:
     return found
 
 
+def plugin_file(loss: type) -> Path | None:
+    """The file of a loss that `load_plugin` read; None for a loss of this or of another installed package."""
+    file = getattr(sys.modules.get(loss.__module__), "__file__", None)
+    return Path(file) if file and loss.__module__.startswith(_PREFIX) else None
+
+
 def _module(file: Path) -> ModuleType:
     """An empty module for the file, under a name that two files never share and one file keeps."""
-    name = f"prefopt_plugin_{hashlib.sha256(str(file).encode()).hexdigest()[:16]}"
+    name = f"{_PREFIX}{hashlib.sha256(str(file).encode()).hexdigest()[:16]}"
     spec = importlib.util.spec_from_file_location(name, file)
     if spec is None:
         raise UserError(f"plugin {file}: it is not a Python file (.py)")
@@ -64,4 +72,6 @@ def _where(fault: Exception, file: Path) -> str:
 def _what(fault: Exception) -> str:
     if isinstance(fault, SyntaxError):
         return f"not valid Python: {fault.msg}"
+    if isinstance(fault, TypeError) and "non-frozen dataclass" in str(fault):
+        return "a loss is a frozen dataclass: write @dataclass(frozen=True) above the class"
     return str(fault) if isinstance(fault, UserError) else f"{type(fault).__name__}: {fault}"

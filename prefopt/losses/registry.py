@@ -9,14 +9,16 @@ import re
 import sys
 import warnings
 from collections.abc import Callable
+from dataclasses import MISSING
 from typing import Any, TypeVar
 
 from prefopt.errors import RecipeError, UserError, nearest
 from prefopt.losses.base import Loss, Needs
 from prefopt.losses.elsewhere import explain, is_taken
-from prefopt.losses.knobs import knobs_of
+from prefopt.losses.knobs import Knob, knobs_of
 
 ENTRY_POINTS = "prefopt.losses"
+_OWN = "One from a file of your own is read with `--plugin FILE`."
 
 _LOSSES: dict[str, type[Loss]] = {}
 _NAME = re.compile(r"[a-z][a-z0-9_]*")
@@ -55,7 +57,7 @@ def get(name: str) -> type[Loss]:
     if name not in _LOSSES:
         known = sorted(_LOSSES)
         meant = explain(name, known) or f"there is no loss `{name}`.{nearest(name.lower(), known)}"
-        raise RecipeError(f"loss.name: {meant} Losses: {', '.join(known)}.")
+        raise RecipeError(f"loss.name: {meant} Losses: {', '.join(known)}. {_OWN}")
     return _LOSSES[name]
 
 
@@ -130,11 +132,21 @@ def _knob_fault(loss: type[Loss]) -> str:
     for knob in knobs_of(loss):
         if knob.name in ("name", "needs", "unit"):
             return f"`{knob.name}` cannot be a knob"
+        if not knob.help or not (knob.range or knob.type is bool):
+            return f"the knob `{knob.name}` lacks its meaning or its range: write {_example(knob)}"
     try:
         loss()
     except (TypeError, RecipeError) as fault:
         return f"it cannot be made from its defaults: {fault}"
     return ""
+
+
+def _example(knob: Knob) -> str:
+    """The line of a class that gives a knob all it must have."""
+    limits = {str: ', choices=("...", "...")', bool: ""}.get(knob.type, ", above=..., at_most=...")
+    default = "..." if knob.default is MISSING else repr(knob.default)
+    kind = knob.type.__name__ + (" | None" if knob.optional else "")
+    return f'`{knob.name}: {kind} = knob({default}, help="..."{limits})`'
 
 
 @functools.cache

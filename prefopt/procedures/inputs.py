@@ -10,7 +10,10 @@ from typing import TYPE_CHECKING, Any
 from huggingface_hub.utils.sha import sha_fileobj
 
 from prefopt.drift import FREE, as_facts, loss_facts
+from prefopt.errors import UserError
+from prefopt.losses.plugins import plugin_file
 from prefopt.procedures.stage import MakeStage, Stage
+from prefopt.report.card import PLUGINS
 
 if TYPE_CHECKING:
     from prefopt.recipe import Recipe
@@ -38,11 +41,12 @@ def inputs_of(stage: Stage) -> dict[str, Any]:
     settings = {name: value for name, value in resolved.items() if name not in FREE}
     reference = {name: value for name, value in resolved.get("reference", {}).items() if name not in _FREE_OF_REFERENCE}
     template = recipe.model.chat_template_path
-    files = {
-        "data": [*recipe.data.local_files(), *([Path(template)] if template else [])],
-        "plugin": _loss_files(recipe),
+    data = [*recipe.data.local_files(), *([Path(template)] if template else [])]
+    hashes = {
+        "data": {str(file): _sha256(file) for file in data},
+        # By loss and not by path: the same file in another folder is the same formula.
+        "plugin": {name: _sha256(file) for name, file in plugin_files(recipe).items()},
     }
-    hashes = {name: {str(file): _sha256(file) for file in paths} for name, paths in files.items()}
     models = (recipe.model.model_name_or_path, recipe.reference.model)
     folders = {name: sampled(Path(name)) for name in models if name and Path(name).is_dir()}
     return as_facts({**settings, **loss_facts(recipe.objective()), **hashes, "reference": reference, "model": folders})
@@ -61,11 +65,31 @@ def sampled(folder: Path) -> str:
     return digest.hexdigest()
 
 
-def _loss_files(recipe: Recipe) -> list[Path]:
-    """The files of losses from outside the package: another formula under the same name is another run."""
-    modules = {type(loss).__module__ for loss in recipe.objective().losses}
-    outside = sorted(name for name in modules if not name.startswith("prefopt."))
-    return [Path(str(sys.modules[name].__file__)) for name in outside if getattr(sys.modules[name], "__file__", None)]
+def plugin_files(recipe: Recipe) -> dict[str, Path]:
+    """Loss -> its file, for losses from outside the package: another formula under the same name is another run."""
+    found = {}
+    for loss in recipe.objective().losses:
+        module = type(loss).__module__
+        file = getattr(sys.modules[module], "__file__", None)
+        if not module.startswith("prefopt.") and file:
+            found[loss.name] = Path(file)
+    return found
+
+
+def keep_plugins(recipe: Recipe) -> None:
+    """Copy the plugins of a recipe's losses into its run folder, where the recipe alone would not make the run again.
+
+    `UserError` for two files of one name, of which the second would be kept for both.
+    """
+    kept: dict[str, Path] = {}
+    for loss in recipe.objective().losses:
+        file = plugin_file(type(loss))
+        if file is not None and kept.setdefault(file.name, file) != file:
+            raise UserError(f"--plugin: {file} and {kept[file.name]} have the same name. Rename one of them.")
+    for name, file in kept.items():
+        copy = Path(recipe.output_dir) / PLUGINS / name
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        copy.write_bytes(file.read_bytes())
 
 
 def _sha256(path: Path) -> str:

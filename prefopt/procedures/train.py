@@ -22,6 +22,7 @@ from prefopt.errors import UserError
 from prefopt.losses import Objective
 from prefopt.losses.trial import try_losses
 from prefopt.models import adapter_config, load_model, load_tokenizer, quantization_config
+from prefopt.procedures.inputs import keep_plugins
 from prefopt.recipe import Recipe, ReferenceSection
 from prefopt.report.card import write_card
 from prefopt.report.plots import save_plots
@@ -70,6 +71,7 @@ def train(recipe: Recipe) -> dict[str, Any]:
         trainer.recipe = recipe.resolved()
     if PartialState().is_main_process:
         recipe.dump(Path(recipe.output_dir) / "recipe.yaml")
+        keep_plugins(recipe)
     say(*opening_lines(trainer))
     with phases.phase("train"):
         outcome = trainer.train(resume_from_checkpoint=_resume(args))

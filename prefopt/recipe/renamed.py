@@ -60,6 +60,8 @@ RETIRED = {
     "padding_free": "is not supported; train_sampling_strategy: group_by_length saves padding. Remove this line.",
     "padding_value": "padding is never scored. Remove this line.",
     "parallelism_config": "write it into the config file of `accelerate launch`. Remove this line.",
+    "plugin": "a recipe runs no code. Write `--plugin FILE` on the command line.",
+    "plugins": "a recipe runs no code. Write `--plugin FILE` on the command line.",
     "precompute_ref_batch_size": "write reference: {batch_size: ...}.",
     "precompute_ref_log_probs": "write reference: {source: cached}, or source: live for false.",
     "preprocessing_num_workers": "rows are tokenised in one process in this version. Remove this line.",

@@ -19,6 +19,7 @@ from prefopt.report.plots import FOLDER, OVERVIEW
 from prefopt.report.results import RESULTS_FILE, plain, without_secrets, write_whole
 
 CARD_FILE = "README.md"
+PLUGINS = "plugins"  # of a run folder: the files of losses from outside the package
 
 # In this order at the head of the results table; any other metric follows by name.
 FIRST_METRICS = ("loss", "rewards/accuracies", "rewards/margins", "rewards/chosen", "rewards/rejected", "entropy")
@@ -53,6 +54,7 @@ def write_card(
         adapter=(folder / "adapter_config.json").exists(),
         chat=(folder / "chat_template.jinja").exists(),
         recipe_file=(folder / "recipe.yaml").exists(),
+        plugins=sorted(path.name for path in (folder / PLUGINS).glob("*.py")),
     )
     path = folder / CARD_FILE
     write_whole(path, text)
@@ -71,6 +73,7 @@ def model_card(
     adapter: bool = False,
     chat: bool = False,
     recipe_file: bool = False,
+    plugins: Sequence[str] = (),
     note: str = "",
 ) -> str:
     """The text of a card: a YAML header the Hub reads, then Markdown.
@@ -78,7 +81,8 @@ def model_card(
     `results` may hold `train` and `eval` (final figures by metric), `data` (a token report as a dict for each split,
     or just `{"kept": n, "dropped": {reason: n}}`), `fingerprint` (a hash for each split), `versions` and `devices`;
     whatever is absent is left out. `plots` are linked as `plots/NAME`. `base_model` is the recipe's model where not
-    given. `recipe_file`: the recipe lies beside the card. `note` is put under the title.
+    given. `recipe_file`: the recipe lies beside the card, and `plugins`, the files of losses from outside the
+    package, in `plugins/`. `note` is put under the title.
     """
     base = base_model or recipe.get("model_name_or_path")
     recipe, results = publishable(recipe), publishable(results)
@@ -92,7 +96,7 @@ def model_card(
         _curves_section(plots),
         _data_section(results.get("data", {}), results.get("fingerprint", {})),
         _usage_section(publishable(title), chat, own_base),
-        _recipe_section(reproducible(recipe), recipe_file),
+        _recipe_section(reproducible(recipe), _again(recipe, plugins) if recipe_file else ""),
         _versions_section(results),
         _papers_section(docs),
     ]
@@ -262,14 +266,24 @@ def _usage_section(title: str, chat: bool, own_base: str) -> str:
     return "\n".join(["## How to use", "", "```python", *code, "```"])
 
 
-def _recipe_section(recipe: Mapping[str, Any], recipe_file: bool) -> str:
+def _again(recipe: Mapping[str, Any], plugins: Sequence[str]) -> str:
+    """How the run is made again: the command, and where its files are found."""
+    options = "".join(f" --plugin {PLUGINS}/{name}" for name in plugins)
+    lines = [f"`prefopt train recipe.yaml{options}` makes this model again, from the same data."]
+    if plugins:
+        lines.append(f"The run folder keeps the code of its loss in `{PLUGINS}/`; a push leaves it there.")
+    parts = [recipe, *(recipe.get("datasets") or [])]
+    if files := [f"`{name}`" for part in parts for name in _names(part.get("data_files")) if "://" not in name]:
+        lines.append(f"Run it in the folder that has {', '.join(files)}, with the path of the recipe.")
+    return "\n\n".join(lines)
+
+
+def _recipe_section(recipe: Mapping[str, Any], again: str) -> str:
     text = yaml.safe_dump(dict(recipe), sort_keys=False, allow_unicode=True).strip()
     fence = "````" if "```" in text else "```"
-    command = "`prefopt train recipe.yaml` makes this model again, from the same data.\n\n" if recipe_file else ""
-    return (
-        f"## Recipe\n\n{command}<details>\n<summary>The whole recipe, as resolved for this run</summary>\n\n"
-        f"{fence}yaml\n{text}\n{fence}\n\n</details>"
-    )
+    summary = "<details>\n<summary>The whole recipe, as resolved for this run</summary>"
+    blocks = ["## Recipe", again, summary, f"{fence}yaml\n{text}\n{fence}", "</details>"]
+    return "\n\n".join(block for block in blocks if block)
 
 
 def _versions_section(results: Mapping[str, Any]) -> str:

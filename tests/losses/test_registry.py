@@ -99,6 +99,9 @@ def test_sdpo_is_refused_with_the_three_papers(name):
         ("f-dpo", "is `fdpo` here"),
         ("sigmoid", "TRL's `sigmoid` is `dpo` here."),
         ("no_such", "there is no loss `no_such`. Losses:"),
+        ("no_such", "One from a file of your own is read with `--plugin FILE`."),
+        ("apo_zero", "TRL's `apo_zero` is not in this version. Losses:"),
+        ("discopop", "TRL's `discopop` is not in this version. Losses:"),
     ],
 )
 def test_names_from_elsewhere_are_explained(name, words):
@@ -138,9 +141,19 @@ def test_bad_or_taken_names_are_refused(name):
         ({"__call__": None}, "defines no __call__"),
         ({"unit": "token"}, "must be pair"),
         ({"needs": Needs(view="completions")}, "must be completion or token"),
-        ({"x": -1.0, "__annotations__": {"x": "float"}}, ""),
-        ({"__annotations__": {"x": "float"}}, "cannot be made from its defaults"),
-        ({"x": float("nan"), "__annotations__": {"x": "float"}}, "cannot be made from its defaults"),
+        ({"x": knob(-1.0, help="x", at_most=0), "__annotations__": {"x": "float"}}, ""),
+        ({"x": knob(False, help="x"), "__annotations__": {"x": "bool"}}, ""),
+        (
+            {"x": 0.1, "__annotations__": {"x": "float"}},
+            r'write `x: float = knob\(0.1, help="...", above=..., at_most=',
+        ),
+        (
+            {"x": knob(None, help="x"), "__annotations__": {"x": "int | None"}},
+            r"`x` lacks .* `x: int . None = knob\(None",
+        ),
+        ({"x": "mean", "__annotations__": {"x": "str"}}, r'`x: str = knob\(\'mean\', help="...", choices='),
+        ({"__annotations__": {"x": "float"}}, r"`x` lacks its meaning or its range: write `x: float = knob\(\.\.\., "),
+        ({"x": knob(float("nan"), help="x", above=0), "__annotations__": {"x": "float"}}, "made from its defaults"),
         ({"unit": "pair", "__annotations__": {"unit": "str"}}, "cannot be a knob"),
         ({"x": (1,), "__annotations__": {"x": "tuple"}}, "a knob is a float"),
     ],
@@ -194,13 +207,12 @@ def test_text_that_reads_as_a_number_gets_the_reason():
 
 
 def test_every_kind_of_knob():
-    hints = {"share": "float | None", "rounds": "int", "mode": "str", "on": "bool", "plain": "float"}
+    hints = {"share": "float | None", "rounds": "int", "mode": "str", "on": "bool"}
     fields = {
         "share": knob(None, help="a share", at_least=0, at_most=1),
         "rounds": knob(2, help="how many", above=0, below=9),
         "mode": knob("mean", help="how", choices=("mean", "sum")),
         "on": knob(True, help="whether"),
-        "plain": 0.5,
     }
     register("many")(a_loss(__annotations__=hints, **fields))
     assert [each.allowed for each in knobs_of(get("many"))] == [
@@ -208,10 +220,9 @@ def test_every_kind_of_knob():
         "a whole number above 0, below 9",
         "one of mean | sum",
         "true or false",
-        "a number",
     ]
-    assert make("many", share=1, rounds=8, mode="sum", on=False, plain=-3).share == 1.0
-    wrong = {"share": 1.1, "rounds": 2.0, "mode": "max", "on": 1, "plain": None}
+    assert make("many", share=1, rounds=8, mode="sum", on=False).share == 1.0
+    wrong = {"share": 1.1, "rounds": 2.0, "mode": "max", "on": 1}
     for name, value in wrong.items():
         with pytest.raises(RecipeError, match=rf"loss\.{name}: `many` takes"):
             make("many", **{name: value})
@@ -262,6 +273,10 @@ def test_two_plugins_cannot_share_a_name(tmp_path):
         ("x = 1\n\nimport no_such_module\n", r"my_loss\.py:3: ModuleNotFoundError: No module named 'no_such_module'"),
         (PLUGIN.format(name="mine", slope=-2.0), r"my_loss\.py:\d+: loss `mine` \(Mine\): it cannot be made"),
         (PLUGIN.format(name="mine", slope=2.0) + "1 / 0\n", "ZeroDivisionError"),
+        (
+            PLUGIN.replace("(frozen=True)", "").format(name="mine", slope=2.0),
+            r"my_loss\.py:\d+: a loss is a frozen dataclass: write @dataclass\(frozen=True\) above",
+        ),
     ],
 )
 def test_a_broken_plugin_is_refused_with_file_and_line(tmp_path, text, words):

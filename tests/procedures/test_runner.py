@@ -262,7 +262,13 @@ def test_an_edited_plugin_is_another_run(folder):
     load_plugin("my_loss.py")
     try:
         before = facts("--loss", "{name: nudged}")
-        assert list(before["plugin"]) == [str(folder / "my_loss.py")]
+        assert list(before["plugin"]) == ["nudged"]
+        (folder / "elsewhere").mkdir()
+        forget(get("nudged").__module__)
+        load_plugin(shutil.copy("my_loss.py", "elsewhere"))
+        assert facts("--loss", "{name: nudged}") == before
+        forget(get("nudged").__module__)
+        load_plugin("my_loss.py")
         (folder / "my_loss.py").write_text(LOSS.replace("1 - ", "2 - "))
         assert facts("--loss", "{name: nudged}")["plugin"] != before["plugin"]
     finally:

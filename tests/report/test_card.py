@@ -80,6 +80,21 @@ def test_the_recipe_can_be_copied_out_of_the_card():
     assert yaml.safe_load(block) == RECIPE
 
 
+def test_the_command_names_the_plugins_and_where_the_rows_are():
+    command = "`prefopt train recipe.yaml{}` makes this model again, from the same data."
+    assert command.format("") in model_card(RECIPE, {}, recipe_file=True).splitlines()
+    recipe = {"data_files": {"train": ["/srv/a.jsonl"], "test": "b.jsonl"}, "loss": {"name": "mine"}}
+    mixed = {"datasets": [{"path": "org/set"}, {"data_files": ["b.jsonl", "hf://datasets/org/c.jsonl"]}]}
+    text = model_card(recipe, {}, recipe_file=True, plugins=["mine.py"])
+    assert command.format(" --plugin plugins/mine.py") in text.splitlines()
+    assert "Run it in the folder that has `a.jsonl`, with the path of the recipe." in text
+    assert "Run it in the folder that has `b.jsonl`," in model_card(
+        {**recipe, "data_files": None} | mixed, {}, recipe_file=True
+    )
+    for absent in (model_card(RECIPE, {}, recipe_file=True), model_card(recipe, {}, plugins=["mine.py"])):
+        assert "Run it in" not in absent and "--plugin" not in absent
+
+
 def test_no_secret_and_no_path_of_the_machine(monkeypatch):
     monkeypatch.setenv("HOME", "/home/somebody")
     recipe = {
