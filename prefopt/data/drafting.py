@@ -17,6 +17,7 @@ from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
+from accelerate.utils import patch_environment
 from tqdm.auto import tqdm
 
 from prefopt.data.drafts import Draft, Drafter, content_id
@@ -134,8 +135,7 @@ def _by_workers(parts: Sequence[Sequence[Example]], drafter: Drafter, count: int
     # A forked process has examples and tokenizer at once, without a copy.
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else None)
     # The tokenizer's threads do not outlive a fork, and in every process they would be too many.
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    if True:
+    with patch_environment(TOKENIZERS_PARALLELISM="false"):
         pool = ProcessPoolExecutor(count, context, _start_worker, (drafter, parts))
         try:
             for packed in pool.map(_packed_part, range(len(parts))):
