@@ -85,6 +85,7 @@ RANGES: dict[str, Range] = {
     "max_dropped": Range(0, 1),
     "max_grad_norm": AMOUNT,
     "max_length": Range(2, whole=True),
+    "max_tokens_per_device": COUNT,
     "max_steps": Range(1, whole=True, also=(-1,)),
     "min_prompt_tokens": COUNT,
     "neftune_noise_alpha": AMOUNT,
@@ -305,6 +306,13 @@ class PreferenceConfig(TrainingArguments):
     pad_to_multiple_of: int | None = field(
         default=None, metadata={"help": "Pad rows to a multiple of this many tokens."}
     )
+    max_tokens_per_device: int | None = field(
+        default=None,
+        metadata={
+            "help": "Most tokens of a micro-batch. Batch size and accumulation are then settled before training, with "
+            "as many rows a step as the two together say."
+        },
+    )
     row_layout: str = field(
         default="auto",
         metadata={
@@ -369,6 +377,9 @@ class PreferenceConfig(TrainingArguments):
             problem = field_problem(name, getattr(self, name))
             if problem:
                 raise UserError(f"{name}: {problem}")
+
+        if self.max_tokens_per_device is not None and self.auto_find_batch_size:
+            raise UserError("auto_find_batch_size: max_tokens_per_device settles the batch size. Remove one of them.")
 
     def _check_devices(self) -> None:
         # Read only now: before, the field may still be a path to a JSON file.

@@ -49,7 +49,7 @@ FREE = frozenset((
     "gradient_checkpointing_kwargs", "torch_empty_cache_steps", "use_cache", "dataloader_num_workers",
     "dataloader_pin_memory", "dataloader_persistent_workers", "dataloader_prefetch_factor",
     "dataloader_multiprocessing_context", "dataloader_in_order", "length_column_name", "dataset_num_proc",
-    "token_cache",
+    "token_cache", "max_tokens_per_device",
     # how it is launched; `world_size` and `sharding` are facts of their own
     "use_cpu", "local_rank", "ddp_find_unused_parameters", "ddp_bucket_cap_mb", "ddp_broadcast_buffers",
     "ddp_static_graph", "ddp_backend", "ddp_timeout", "fsdp", "fsdp_config", "deepspeed", "accelerator_config",

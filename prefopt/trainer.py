@@ -38,6 +38,7 @@ from prefopt.predictions import Predictions
 from prefopt.referencing import attach, begin_training, open_reference_scores, score_both
 from prefopt.scoring import TokenScores
 from prefopt.scoring.modes import evaluating
+from prefopt.token_budget import split_step
 from prefopt.token_cache import preparation
 
 # Sums of the loss's terms travel with the evaluation metrics under this prefix.
@@ -83,6 +84,7 @@ class PreferenceTrainer(DurableTrainer):
         self.preparation = preparation(tokenizer, args, self.objective)
         train_dataset = check_rows(self.objective, self.preparation.train(train_dataset))
         eval_dataset = check_rows(self.objective, self.preparation.any(eval_dataset, "eval"), like=train_dataset)
+        split_step(args, train_dataset, rejected=self.objective.all_completions)
         set_seed(args.seed)  # a fresh adapter draws its weights
         policy = prepare_policy(
             open_model(model, args, quantization_config),

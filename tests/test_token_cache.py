@@ -146,6 +146,7 @@ def of_another_class(tokenizer):
         def __call__(self, texts, **kwargs):
             return super().__call__([text.replace("cat", "dog") for text in texts], **kwargs)
 
+    Other.__qualname__ = type(tokenizer).__qualname__
     tokenizer.__class__ = Other
 
 
@@ -264,7 +265,7 @@ def test_a_place_that_cannot_be_used_costs_a_line_and_no_run(tmp_path, capsys):
     assert "token cache: not used" in capsys.readouterr().out
 
 
-def test_a_disk_that_fills_up_costs_a_line_and_no_run(tmp_path, capsys, monkeypatch):
+def test_a_disk_that_fills_up_costs_a_line_and_no_run(tmp_path, capsys, monkeypatch, made):
     writes, stock = [], Entry.write
 
     def write(self, rows):
@@ -275,6 +276,7 @@ def test_a_disk_that_fills_up_costs_a_line_and_no_run(tmp_path, capsys, monkeypa
 
     monkeypatch.setattr(Entry, "write", write)
     assert prepared(tmp_path) == prepared(None)
+    assert sum(made) == 3 * 7 + COUNT + COUNT, "what could not be kept is given up at once"
     assert len(writes) == 3 and capsys.readouterr().out.count("the disk is full") == 1
 
 

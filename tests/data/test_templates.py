@@ -285,3 +285,15 @@ def test_cutting_a_conversation_keeps_flags_and_ids_together():
     assert np.array_equal(row["chosen_ids"], whole["chosen_ids"][:-2])
     assert np.array_equal(row["chosen_scored"], whole["chosen_scored"][:-2])
     assert cut.report.noted["eos_cut"].count == 1
+
+
+def test_no_row_depends_on_the_rows_before_it():
+    """A template that ends some turns with a full stop, and an answer that ends with one of its own."""
+    closes = HEAD + "{{ m['content'] }}{% if messages[0]['content'] == 'close' %}.{% endif %}{% endfor %}" + GENERATE
+    tokenizer = tokenizer_with(closes)
+    closed = pair([user("close")], [assistant("sat")], [assistant("saw")])
+    other = pair([user("the cat")], [assistant("sat.")], [assistant("saw.")])
+    (alone,) = tokenize_examples([other], tokenizer, TokenSettings()).rows
+    _, after = tokenize_examples([closed, other], tokenizer, TokenSettings()).rows
+    assert shown(tokenizer, alone) == shown(tokenizer, after)
+    assert alone["chosen_ids"][-1] == tokenizer.eos_token_id

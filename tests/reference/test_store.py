@@ -34,6 +34,7 @@ ARRAYS = {
     "float64": np.array([1e-300, -0.0, np.nextafter(1.0, 2.0)]),
     "float16": np.array([-1.5, 6e-8], dtype=np.float16),
     "bfloat16 as its bits": np.array([0x3F80, 0xC2F7, 0x0000], dtype=np.uint16),
+    "token ids": np.array([5, ~0, 2**31 - 1], dtype=np.int32),
     "two dimensions": np.arange(12, dtype=np.float32).reshape(3, 4),
     "no scored token": np.empty(0, dtype=np.float32),
     "no row of hidden states": np.empty((0, 16), dtype=np.float32),
