@@ -81,12 +81,13 @@ def outcome(trainer: Any) -> dict[str, Any]:
     }
 
 
-@pytest.mark.parametrize("kind", ["adapter with dropout", "full"])
+@pytest.mark.parametrize("kind", ["adapter with dropout", "full", "full, whole distributions"])
 def test_a_run_cut_off_after_every_step_is_the_run_itself(tmp_path, kind):
     """Nine times in a row: in three epochs, between lines of the log, and in windows that are not full."""
     settings: dict[str, Any] = {"eval_strategy": "steps", "eval_steps": 1, "metric_for_best_model": "loss"}
-    if kind == "full":
+    if kind.startswith("full"):
         settings["peft_config"] = None
+        settings["loss"] = "tdpo2" if "distributions" in kind else "dpo"
     else:
         settings["load_best_model_at_end"] = True
     whole = start(tmp_path / "whole", callbacks=[EarlyStoppingCallback(20)], **settings)
