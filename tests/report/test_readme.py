@@ -99,6 +99,17 @@ def test_evidence_is_of_losses_and_tests_that_there_are():
     assert evidence.keys() <= set(names())
 
 
+def test_only_a_loss_with_a_formula_is_said_to_have_one(tmp_path, monkeypatch):
+    (tmp_path / "float64.py").write_text("def here(pair): ...\n")
+    (tmp_path / "test_own.py").write_text("FACTS = Facts(at_the_reference=math.log(2), formula=formula)\n")
+    (tmp_path / "test_none.py").write_text('FACTS = Facts(no_formula="a reason")\nother(formula=1)\n')
+    monkeypatch.setattr(readme, "FORMULAS", tmp_path / "float64.py")
+    monkeypatch.setattr(readme, "OWN_TESTS", tmp_path)
+    names = ("here", "own", "none", "untested")
+    assert [readme._oracle(name, {}) for name in names] == ["formula", "formula", "", ""]
+    assert readme._oracle("none", {"trl": "x"}) == "TRL's `x`"
+
+
 def test_a_part_that_nothing_generates_is_refused():
     with pytest.raises(UserError, match=r"nothing generates `loses`\. Did you mean `losses`"):
         readme.renewed("<!-- generated: loses -->\n<!-- end -->")
