@@ -10,6 +10,7 @@ from peft import LoraConfig
 
 from prefopt.losses import Objective, get, make, names
 from tests.helpers import make_model, text_pairs
+from tests.losses.facts import facts_of
 from tests.training import CentredLoss, make_trainer, trained, weights
 
 # Ten rows in one step: as 10, 10x1, 4+4+2 and 3+3+3+1.
@@ -36,7 +37,8 @@ def rows_for(loss: str) -> list[dict[str, Any]]:
         "target": [row["rejected"] for row in text_pairs(10, seed=3)],
     }
     wanted = COLUMNS.get(loss.split()[0], ())
-    return [{**row, **{name: made[name][index] for name in wanted}} for index, row in enumerate(rows)]
+    own = facts_of(loss).columns if loss in SHIPPED else {}
+    return [{**row, **own, **{name: made[name][index] for name in wanted}} for index, row in enumerate(rows)]
 
 
 def split(batch: int, steps: int) -> dict[str, int]:

@@ -10,6 +10,7 @@ from prefopt.losses import get, names
 from prefopt.procedures.train import train
 from prefopt.recipe import load_recipe
 from tests.helpers import text_pairs
+from tests.losses.facts import facts_of
 
 TINY = {
     "model_type": "llama",
@@ -26,7 +27,7 @@ SHIPPED = [name for name in names() if get(name).__module__.startswith("prefopt.
 @pytest.mark.parametrize("name", SHIPPED)
 def test_a_recipe_trains(name, tmp_path, monkeypatch):
     monkeypatch.setattr("prefopt.procedures.train.save_plots", lambda *_: [])  # slower than all the rest
-    rows = text_pairs(8, score_chosen=2.0, score_rejected=1.5)
+    rows = text_pairs(8, **{"score_chosen": 2.0, "score_rejected": 1.5, **facts_of(name).columns})
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     recipe = load_recipe(name).replace(
         model_name_or_path=None,

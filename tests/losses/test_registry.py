@@ -100,14 +100,21 @@ def test_sdpo_is_refused_with_the_three_papers(name):
         ("sigmoid", "TRL's `sigmoid` is `dpo` here."),
         ("no_such", "there is no loss `no_such`. Losses:"),
         ("no_such", "One from a file of your own is read with `--plugin FILE`."),
-        ("apo_zero", "TRL's `apo_zero` is not in this version. Losses:"),
-        ("discopop", "TRL's `discopop` is not in this version. Losses:"),
     ],
 )
 def test_names_from_elsewhere_are_explained(name, words):
     with pytest.raises(RecipeError) as refused:
         make(name)
     assert words in str(refused.value)
+
+
+@pytest.mark.parametrize("name", ["apo_zero", "apo_down", "discopop"])
+def test_a_name_of_trl_that_is_not_here_is_not_taken_for_another(name, monkeypatch):
+    monkeypatch.delitem(registry._LOSSES, name, raising=False)
+    with pytest.raises(RecipeError, match=f"TRL's `{name}` is not in this version. Losses:"):
+        make(name)
+    register(name)(a_loss())
+    assert make(name).name == name
 
 
 def test_an_explanation_says_whether_the_loss_is_here(monkeypatch):

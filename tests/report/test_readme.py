@@ -17,11 +17,12 @@ from prefopt import cli
 from prefopt.data import load_examples
 from prefopt.data.spec import DataSpec
 from prefopt.errors import UserError
-from prefopt.losses import load_plugin, make, names
+from prefopt.losses import Needs, load_plugin, make, names
 from prefopt.losses.registry import forget
 from prefopt.recipe import bundled_recipes, load_recipe
 from prefopt.report import readme
 from tests.helpers import make_model, make_tokenizer
+from tests.losses.views import random_micro
 from tests.oracle import test_against_trl
 
 TEXT = readme.README.read_text(encoding="utf-8")
@@ -98,6 +99,17 @@ def test_evidence_is_of_losses_and_tests_that_there_are():
     assert evidence.keys() <= set(names())
 
 
+def test_only_a_loss_with_a_formula_is_said_to_have_one(tmp_path, monkeypatch):
+    (tmp_path / "float64.py").write_text("def here(pair): ...\n")
+    (tmp_path / "test_own.py").write_text("FACTS = Facts(at_the_reference=math.log(2), formula=formula)\n")
+    (tmp_path / "test_none.py").write_text('FACTS = Facts(no_formula="a reason")\nother(formula=1)\n')
+    monkeypatch.setattr(readme, "FORMULAS", tmp_path / "float64.py")
+    monkeypatch.setattr(readme, "OWN_TESTS", tmp_path)
+    names = ("here", "own", "none", "untested")
+    assert [readme._oracle(name, {}) for name in names] == ["formula", "formula", "", ""]
+    assert readme._oracle("none", {"trl": "x"}) == "TRL's `x`"
+
+
 def test_a_part_that_nothing_generates_is_refused():
     with pytest.raises(UserError, match=r"nothing generates `loses`\. Did you mean `losses`"):
         readme.renewed("<!-- generated: loses -->\n<!-- end -->")
@@ -124,6 +136,21 @@ def test_files_and_recipes_named_in_the_text_exist():
     assert not missing
     recipes = {Path(name).stem for name in named if re.fullmatch(r"configs/\w+\.yaml", name)}
     assert recipes <= set(bundled_recipes())
+
+
+def test_what_a_loss_may_read_is_there_to_be_read():
+    """Everything the table of a view's parts names."""
+    table = TEXT.split("## Add a loss")[1].split("\n## ")[0]
+    micro = random_micro(columns=("x",))
+    pairs = micro.view(Needs(reference="distribution", statistics=("forward_kl", "entropy"), columns=("x",)))
+    single = micro.view(Needs(view="completions"))
+    named = re.findall(r"`((?:view|scores)\.[^`]+)`", table)
+    assert len(named) >= 12
+    for expression in named:
+        view = single if expression in ("view.scores", "view.labels") else pairs
+        assert eval(expression, {"view": view, "scores": pairs.chosen}) is not None, expression
+    for declaration in re.findall(r"^\|[^|]*\| `([^`]+)` \|", table, re.MULTILINE):
+        assert eval(f"Needs({declaration})", {"Needs": Needs})
 
 
 def test_every_command_is_one_the_program_takes(folder, own_loss, capsys):
