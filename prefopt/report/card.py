@@ -211,8 +211,7 @@ def _figures(metrics: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _curves_section(plots: Sequence[Path]) -> str:
-    names = [path.name for path in plots]
-    if not names:
+    if not (names := [path.name for path in plots]):
         return ""
     shown = [OVERVIEW] if OVERVIEW in names else names
     images = [f"![{Path(name).stem}]({FOLDER}/{name})" for name in shown]
@@ -268,8 +267,8 @@ def _usage_section(title: str, chat: bool, own_base: str) -> str:
 
 def _again(recipe: Mapping[str, Any], plugins: Sequence[str]) -> str:
     """How the run is made again: the command, and where its files are found."""
-    options = "".join(f" --plugin {PLUGINS}/{name}" for name in plugins)
-    lines = [f"`prefopt train recipe.yaml{options}` makes this model again, from the same data."]
+    command = " ".join(["prefopt train recipe.yaml", *(f"--plugin {PLUGINS}/{name}" for name in plugins)])
+    lines = [f"`{command}` makes this model again, from the same data."]
     if plugins:
         lines.append(f"The run folder keeps the code of its loss in `{PLUGINS}/`; a push leaves it there.")
     parts = [recipe, *(recipe.get("datasets") or [])]
@@ -282,8 +281,8 @@ def _recipe_section(recipe: Mapping[str, Any], again: str) -> str:
     text = yaml.safe_dump(dict(recipe), sort_keys=False, allow_unicode=True).strip()
     fence = "````" if "```" in text else "```"
     summary = "<details>\n<summary>The whole recipe, as resolved for this run</summary>"
-    blocks = ["## Recipe", again, summary, f"{fence}yaml\n{text}\n{fence}", "</details>"]
-    return "\n\n".join(block for block in blocks if block)
+    blocks = ("## Recipe", again, summary, f"{fence}yaml\n{text}\n{fence}", "</details>")
+    return "\n\n".join(filter(None, blocks))
 
 
 def _versions_section(results: Mapping[str, Any]) -> str:
