@@ -40,7 +40,6 @@ RETIRED = {
     "cpo_alpha": "write a list of two losses, simpo (or another) and sft, and loss_weights with this number for sft.",
     "dataset_mixer": "write datasets: a list of {path, split, fraction}.",
     "dataset_mixture": "write datasets: a list of {path, split, fraction}.",
-    "dataset_num_proc": "rows are tokenised in one process in this version. Remove this line.",
     "dataset_splits": "write dataset_train_split and dataset_test_split.",
     "discopop_tau": "DiscoPOP is not part of prefopt. Remove this line.",
     "f_alpha_divergence_coef": "write loss: {name: fdpo, divergence: alpha, alpha: ...}, with alpha = 1 - this number.",

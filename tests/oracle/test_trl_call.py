@@ -40,7 +40,6 @@ LEFT_OUT = {
 # TRL's settings that are not fields of our configuration, and where they went.
 SETTINGS_ELSEWHERE = {
     "beta": "a knob of the loss",
-    "dataset_num_proc": "one process tokenises in batches",
     "discopop_tau": "a knob of the loss",
     "f_alpha_divergence_coef": "a knob of the loss",
     "f_divergence_type": "a knob of the loss",
