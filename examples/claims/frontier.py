@@ -118,20 +118,18 @@ def train(world: World, setting: Setting, seed: int) -> Run:
         callbacks=[Measure(world, base, run, setting.steps)],
     )
     trainer.train()
-    # One loss that knows the whole distribution measures all of them.
+    # Every line is measured alike: accuracy of the log-ratios as in DPO, divergences as in TDPO.
     judge = PreferenceTrainer(
         trainer.model,
         ref_model=base,
         args=args,
-        loss="tdpo1",
+        loss=["dpo", "tdpo1"],
         eval_dataset=world.held_out_pairs,
         processing_class=world.tokenizer(),
     )
     figures = judge.evaluate()
     names = ("rewards/accuracies", "seqkl/chosen", "seqkl/rejected", "entropy")
     run.held_out = {name: figures[f"eval_{name}"] for name in names}
-    # TDPO's rewards hold the KL too; the accuracy of the log-ratios is what every loss can be held to.
-    run.held_out["accuracy"] = figures.get("eval_logratios/accuracies", figures["eval_rewards/accuracies"])
     return run
 
 
@@ -181,7 +179,7 @@ def table(runs: Sequence[Run]) -> str:
         figures += [spread([run.end(name) for run in own]) for name in ("reward", "kl", "distinct")]
         figures += [
             spread([run.held_out.get(name) for run in own])
-            for name in ("accuracy", "entropy", "seqkl/chosen", "seqkl/rejected")
+            for name in ("rewards/accuracies", "entropy", "seqkl/chosen", "seqkl/rejected")
         ]
         lines.append((label, str(len(own)), *figures))
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
