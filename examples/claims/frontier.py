@@ -241,7 +241,7 @@ def plot(runs: Sequence[Run], path: Path) -> None:
                 label=label if run.seed == 0 else None,
             )
     axes.axvline(KL, color="grey", linewidth=0.8)
-    axes.set(xlabel="KL(policy || base), nats an answer", ylabel="reward", xlim=(0, 10))
+    axes.set(xlabel="KL(policy || base), nats an answer", ylabel="reward", xlim=(0, None))
     axes.set_title("Reward against divergence; dashed: DPO tuned by hand")
     axes.legend(frameon=False)
     figure.savefig(path, dpi=120)
