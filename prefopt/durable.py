@@ -21,7 +21,7 @@ from prefopt.metrics import MetricSums
 from prefopt.ranks import on_main
 from prefopt.report.results import plain, versions
 from prefopt.resuming import AUTO, checkpoint_to_resume
-from prefopt.saving import checkpoint_bytes, forecast, sealed_save
+from prefopt.saving import checkpoint_bytes, forecast, rotate_again, sealed_save
 
 # One file of each rank: what the next line of the log is a mean of, as far as it has come.
 _WINDOW = "log_window_{}.json"
@@ -71,6 +71,8 @@ class DurableTrainer(HubTrainer):
             output = super().train(None if self._resumed is None else str(self._resumed), **kwargs)
         finally:
             self.sigterm.release()
+        if self._resumed is not None:
+            on_main(lambda: rotate_again(self))
         return output._replace(training_loss=output.metrics["train_loss"])
 
     def facts(self) -> dict[str, Any]:

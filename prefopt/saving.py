@@ -29,6 +29,12 @@ _MOMENTS = {
 _SMALL_FILES = 2**16  # configuration, states of schedules and random numbers
 
 
+def rotate_again(trainer: Trainer) -> None:
+    """Delete what a run that was killed between a seal and its rotation left, where no save has come after it."""
+    best = [Path(trainer.state.best_model_checkpoint)] if trainer.state.best_model_checkpoint else []
+    rotate(Path(str(trainer.args.output_dir)), trainer.args.save_total_limit, best)
+
+
 @contextmanager
 def sealed_save(trainer: Trainer, folder: Path, facts: dict[str, Any], size: int) -> Iterator[None]:
     """Around the stock save of a checkpoint into `folder`: empty before it, a seal after it, and rotation last.

@@ -98,6 +98,14 @@ def test_a_run_cut_off_after_every_step_is_the_run_itself(tmp_path, kind):
     assert outcome(again) == outcome(whole)
 
 
+def test_a_rotation_that_a_kill_cut_off_is_made_up_for(tmp_path):
+    """Also where the run has nothing more to save."""
+    start(tmp_path, save_total_limit=None)
+    assert len(list(tmp_path.glob("checkpoint-*"))) > 2
+    start(tmp_path, save_total_limit=1)
+    assert [path.name for path in tmp_path.glob("checkpoint-*")] == [f"checkpoint-{STEPS}"]
+
+
 @pytest.mark.parametrize("cut", [3, 4, 6])
 def test_what_happens_at_the_end_of_an_epoch_is_not_lost(tmp_path, cut):
     """Evaluated and logged by the epoch, saved by the step: the save of an epoch's last step comes after them."""
