@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from prefopt.recipe import Recipe
+from prefopt.reference.choosing import FROM_EXPECTED
 from prefopt.reference.forms import EXPECTED, HIDDEN, SMALL, expected_bytes
 from prefopt.reference.store import default_folder
 from prefopt.reference.upkeep import size
@@ -90,7 +91,7 @@ def _form(recipe: Recipe) -> str:
     """The form that is likely: what only the loaded model tells, such as a soft cap, is not looked for."""
     if recipe.reference.form != "auto":
         return recipe.reference.form
-    simple = set(recipe.objective().statistics) <= {"forward_kl", "entropy"}
+    simple = FROM_EXPECTED.issuperset(recipe.objective().statistics)
     return EXPECTED if simple and not _head_trains(recipe) and not recipe.reference.model else HIDDEN
 
 

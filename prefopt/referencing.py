@@ -171,7 +171,7 @@ def _cached(
     entry, reason = None, ""
     if trainer.accelerator.is_main_process:
         try:
-            entry, reason = _open_entry(trainer, identity, form, answers, must=must)
+            entry, reason = _open_entry(trainer, store, identity, form, answers, must=must)
         except (UserError, OSError) as error:
             reason = str(error)
     reason = broadcast_object_list([reason])[0]
@@ -196,6 +196,7 @@ def _cached(
 
 def _open_entry(
     trainer: PreferenceTrainer,
+    store: Store,
     identity: Identity,
     form: LogProbs | WholeForm,
     answers: Mapping[bytes, Answer],
@@ -203,13 +204,11 @@ def _open_entry(
     must: bool,
 ) -> tuple[Entry | None, str]:
     """The store's file for a function, or why it is not used; only the main process asks."""
-    settings = trainer.args.reference or {}
-    store = Store(settings.get("store"))
     entry = store.entry(identity.key, identity.about, form.kind)
     missing = entry.missing(answers)
     needed = sum(form.token_bytes * answers[id].length + _ROW_OVERHEAD for id in missing)
     reason = "" if must else _more_work(trainer, answers, len(missing)) or _too_much(form, needed)
-    reason = reason or _no_room(store, needed, settings.get("max_gb"))
+    reason = reason or _no_room(store, needed, (trainer.args.reference or {}).get("max_gb"))
     if missing and not reason:
         say(
             f"reference: {len(missing):,} of {len(answers):,} answers are to be scored; {size(needed)} of {form.words} "

@@ -47,10 +47,6 @@ class StepWay:
     def name(self) -> str:
         return f"{self.loss}, adapter, {self.source}" if self.adapter else f"{self.loss}, {self.source}"
 
-    @property
-    def asked(self) -> tuple[str, str]:
-        return self.loss, self.source
-
     def trainer(self, rows: Any, options: Options, folder: Path) -> PreferenceTrainer:
         """A trainer of this kind on these rows, the prompt shared."""
         adapter = LoraConfig(r=16, target_modules="all-linear", task_type="CAUSAL_LM") if self.adapter else None
@@ -136,16 +132,17 @@ def _steps(options: Options) -> Table:
         body = trainers["dpo, cached"].model.num_parameters(exclude_embeddings=True) - _head_size(options.shape)
         times = trained_in_turns(trainers, options)
     read, scored = int(lengths.sum()), int(lengths[..., 1:].sum())
+    dpo = _flops("dpo", "cached", body, read, scored, options.shape)
     lines: list[dict[str, Cell]] = []
     for way in STEP_WAYS:
         base = times["dpo, adapter, cached" if way.adapter else "dpo, cached"]
-        flops = [_flops(loss, source, body, read, scored, options.shape) for loss, source in (way.asked, ("dpo", ""))]
+        flops = _flops(way.loss, way.source, body, read, scored, options.shape)
         lines.append(
             {
                 "step": way.name,
                 "seconds": Spread.of([seconds / options.steps for seconds in times[way.name]]),
                 "times dpo": ratio(times[way.name], base),
-                "flops, times dpo": None if way.adapter else flops[0] / flops[1],
+                "flops, times dpo": None if way.adapter else flops / dpo,
             }
         )
     return Table(f"Step of the trainer, {profile.name} lengths, float32, {options.shape}", lines)

@@ -167,8 +167,8 @@ class ReferenceSection:
         default="auto",
         metadata=about(
             "What is kept for a loss that compares whole distributions. hidden: final hidden states, with a copy of "
-            "the head. expected: mean rows of the head, exact while the policy's head is frozen, and as cheap as no "
-            "distributions at all. auto: expected where it is exact.",
+            "the head. expected: mean rows of the head, exact while the policy's head is frozen; the vocabulary is "
+            "then read once, as for DPO. auto: expected where it is exact.",
             choices=REFERENCE_FORMS,
         ),
     )

@@ -15,7 +15,8 @@ from prefopt.reference.live import LiveReference
 from prefopt.scoring.distribution import Distribution
 from prefopt.scoring.model import causal_lm
 
-_FROM_EXPECTED = {"logp", "entropy", "forward_kl"}
+FROM_EXPECTED = frozenset({"logp", "entropy", "forward_kl"})
+"""Statistics that the mean rows of the reference's head give."""
 
 
 def choose_form(
@@ -41,7 +42,7 @@ def _not_expected(policy: nn.Module, reference: Distribution, statistics: Collec
     """Why the mean rows of the reference's head do not give the statistics; empty when they do."""
     head: Any = causal_lm(policy).get_output_embeddings()
     bias = getattr(head, "bias", None)
-    if other := set(statistics) - _FROM_EXPECTED:
+    if other := set(statistics) - FROM_EXPECTED:
         return f"the loss asks for {', '.join(sorted(other))}"
     if reference.softcap is not None:
         return "this model caps its logits"
