@@ -13,5 +13,17 @@ def say(*lines: str) -> None:
     if not PartialState().is_local_main_process:
         return
     for line in lines:
-        tqdm.write(line)
+        write_line(line)
     sys.stdout.flush()
+
+
+def write_line(line: str) -> None:
+    """Print a line above the progress bars there are.
+
+    tqdm clears them one by one, and fails when a bar of another thread, such as an upload's, ends meanwhile. No run
+    ends for that: the line is then printed as it is.
+    """
+    try:
+        tqdm.write(line)
+    except RuntimeError:
+        print(line)

@@ -6,7 +6,6 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
-from tqdm.auto import tqdm
 from transformers import (
     PrinterCallback,
     ProgressCallback,
@@ -17,6 +16,8 @@ from transformers import (
     TrainingArguments,
 )
 from transformers.trainer_utils import IntervalStrategy
+
+from prefopt.console import write_line
 
 # Metric, how it is called on the screen, and its format.
 _SHOWN = (
@@ -51,7 +52,7 @@ class Progress(ProgressCallback):
         """Write the line above the bar; an evaluation after the last step has none."""
         line = log_line(logs or {}, state)
         if line and state.is_world_process_zero:
-            tqdm.write(line)
+            write_line(line)
 
 
 class Lines(PrinterCallback):
