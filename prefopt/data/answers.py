@@ -19,12 +19,18 @@ def sides_in(row: Mapping[str, Any]) -> Iterator[str]:
     return (side for side in SIDES if f"{side}_ids" in row)
 
 
+def prompt_of(row: Mapping[str, Any], side: str) -> Any:
+    """Ids of the prompt an answer follows: the row's, but for a target with one of its own."""
+    own = row.get(f"{side}_prompt_ids")
+    return row["prompt_ids"] if own is None else own
+
+
 def answer_id(row: Mapping[str, Any], side: str) -> bytes:
     """SHA-256 of an answer's token ids, prompt included, and its scored positions.
 
     Nothing else of a row changes the scores of its tokens, so this is what stored scores are found by.
     """
-    prompt, ids = (np.asarray(row[name]).astype("<i4") for name in ("prompt_ids", f"{side}_ids"))
+    prompt, ids = (np.asarray(part).astype("<i4") for part in (prompt_of(row, side), row[f"{side}_ids"]))
     positions = len(prompt) + np.flatnonzero(row[f"{side}_scored"])
     digest = hashlib.sha256((len(prompt) + len(ids)).to_bytes(8, "little"))
     for part in (prompt, ids, positions.astype("<i4")):

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from prefopt.data.answers import TARGET
+from prefopt.data.answers import TARGET, prompt_of
 from prefopt.data.layout import Completion, lay_out
 
 Row = Mapping[str, Any]
@@ -103,19 +103,24 @@ class Collator:
 
 def row_length(row: Row, rejected: bool = True) -> int:
     """Tokens of a row's answers, each with its prompt: what the backbone reads of it in the plain layout."""
-    answers = _answer_lengths(row, rejected)
-    return len(answers) * len(row["prompt_ids"]) + sum(answers)
+    return sum(prompt + answer for prompt, answer in _lengths(row, rejected))
 
 
 def row_width(row: Row, *, shared: bool, rejected: bool = True) -> int:
     """Tokens of the longest backbone row that a row of the data makes: what rows are grouped by, to save padding."""
-    answers = _answer_lengths(row, rejected)
-    return len(row["prompt_ids"]) + (sum(answers) if shared else max(answers))
+    lengths = _lengths(row, rejected)
+    if not shared:
+        return max(prompt + answer for prompt, answer in lengths)
+    apart = f"{TARGET}_prompt_ids" in row and rejected  # the target comes last, and has a row of its own
+    together = lengths[:-1] if apart else lengths
+    width = together[0][0] + sum(answer for _, answer in together)
+    return max(width, sum(lengths[-1])) if apart else width
 
 
-def _answer_lengths(row: Row, rejected: bool) -> list[int]:
-    wanted = ("chosen_ids", "completion_ids", *(("rejected_ids", f"{TARGET}_ids") if rejected else ()))
-    return [len(row[name]) for name in wanted if name in row]
+def _lengths(row: Row, rejected: bool) -> list[tuple[int, int]]:
+    """Tokens of prompt and answer, for each answer that is read."""
+    wanted = ("chosen", "completion", *(("rejected", TARGET) if rejected else ()))
+    return [(len(prompt_of(row, side)), len(row[f"{side}_ids"])) for side in wanted if f"{side}_ids" in row]
 
 
 def _mismatched(row: Row) -> Row:
@@ -124,5 +129,5 @@ def _mismatched(row: Row) -> Row:
 
 
 def _completion(row: Row, side: str) -> Completion:
-    prompt, ids, scored = (np.asarray(row[key]) for key in ("prompt_ids", f"{side}_ids", f"{side}_scored"))
+    prompt, ids, scored = map(np.asarray, (prompt_of(row, side), row[f"{side}_ids"], row[f"{side}_scored"]))
     return Completion(prompt, ids, scored, row.get(f"{side}_ref_logp"), row.get(f"{side}_reference"))

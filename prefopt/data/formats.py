@@ -107,17 +107,22 @@ def unpair(example: Example) -> tuple[Example, Example]:
 
 
 class RowParser:
-    """Turns the rows of one source into examples. The first good row says how the source is written."""
+    """Turns the rows of one source into examples. The first good row says how the source is written.
 
-    def __init__(self) -> None:
+    `unlabelled`: an answer without a label is a good one, as in data to imitate.
+    """
+
+    def __init__(self, unlabelled: bool = False) -> None:
+        self._unlabelled = unlabelled
         self._format: Format | None = None
         self._first: Example | None = None
 
     def parse(self, row: RawRow) -> Example:
         """The row's example. Raises `BadRow` when the row breaks a rule, `DataError` when the source mixes kinds."""
         try:
-            format = find_format(row.values, self._format)
-            example = parse_row(row.values, format, row.where)
+            values = _labelled(row.values) if self._unlabelled else row.values
+            format = find_format(values, self._format)
+            example = parse_row(values, format, row.where)
         except Flaw as flaw:
             raise BadRow(flaw.at(row.where)) from None
         if self._format is None or self._first is None:
@@ -135,6 +140,13 @@ class RowParser:
             return
         problem = Flaw("mixed_kinds", message, first_format.answers[0]).at(example.where)
         raise DataError(f"{problem} Split the file, and name the parts as entries of a mixture.")
+
+
+def _labelled(values: dict[str, Any]) -> dict[str, Any]:
+    """The row with the label it goes without."""
+    if "completion" not in values or "label" in values or _misspelt("label", values):
+        return values
+    return {**values, "label": True}
 
 
 # Which format

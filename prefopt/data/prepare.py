@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 from prefopt.data.answers import TARGET
@@ -15,8 +15,9 @@ from prefopt.data.mismatch import has_mismatched, single_answers, with_mismatche
 from prefopt.data.problems import DataReport
 from prefopt.data.sources import load_examples, load_train_test
 from prefopt.data.spec import DataSpec
+from prefopt.data.targets import with_targets
 from prefopt.data.tokenization import OpenCache, TokenSettings, no_cache, tokenize_examples
-from prefopt.errors import DataError
+from prefopt.errors import DataError, RecipeError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -45,9 +46,10 @@ WEIGHT = "weight"
 class Preparation:
     """How raw rows become token rows: the tokenizer, the settings of a run, and what its losses declare.
 
-    `paired`: True when a loss compares two answers, None when any kind of row will do. `mismatched`: rows become single
-    answers, each with a mismatched one. `row_problem`: what a loss objects to in a row's columns. `say` receives the
-    lines of the reports. `open_cache` gives the place where token ids are kept from one run to the next, or None.
+    `paired`: True when a loss compares two answers, None when any kind of row will do. `unlabelled`: no loss reads bad
+    answers, so a good one needs no label. `mismatched`: rows become single answers, each with a mismatched one.
+    `row_problem`: what a loss objects to in a row's columns. `say` receives the lines of the reports.
+    `open_cache` gives the place where token ids are kept from one run to the next, or None.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -55,6 +57,7 @@ class Preparation:
     columns: tuple[str, ...] = ()
     optional_columns: tuple[str, ...] = ()
     paired: bool | None = None
+    unlabelled: bool = False
     mismatched: bool = False
     row_problem: Callable[[Mapping[str, float]], str] = lambda columns: ""
     say: Callable[..., None] = print
@@ -72,13 +75,33 @@ class Preparation:
         """What the rows of a run with this objective must be."""
         paired = True if needs.paired_required else None
         columns = needs.columns, needs.optional_columns
-        return cls(tokenizer, args, *columns, paired, needs.mismatched, needs.row_problem, say, open_cache)
+        unlabelled = not needs.all_completions
+        return cls(tokenizer, args, *columns, paired, unlabelled, needs.mismatched, needs.row_problem, say, open_cache)
 
     def train_and_test(self, spec: DataSpec) -> tuple[TokenDataset, TokenDataset | None]:
-        """Training rows and, where the source has some or sets some aside, test rows."""
+        """Training rows and, where the source has some or sets some aside, test rows; with the targets it names."""
+        if spec.targets is not None and TARGET not in (*self.columns, *self.optional_columns):
+            raise RecipeError("targets: no loss of this run reads a target. Remove them, or use one that does: slic")
         train, test = load_train_test(spec, **self._rules())
         rows = self._tokens(train.examples, train.report, "train")
-        return rows, None if test is None else self._tokens(test.examples, test.report, "test")
+        held_out = None if test is None else self._tokens(test.examples, test.report, "test")
+        if spec.targets is None:
+            return rows, held_out
+        targets = self._targets(spec.targets)
+        return self.with_targets(rows, targets), None if held_out is None else self.with_targets(held_out, targets)
+
+    def with_targets(self, data: TokenDataset, targets: TokenDataset) -> TokenDataset:
+        """Pairs with a target beside each; see `prefopt.data.targets`."""
+        self.say(f"targets: {len(targets):,} for {len(data):,} pairs, each with a prompt of its own")
+        return with_targets(data, targets, self._seed)
+
+    def _targets(self, spec: DataSpec) -> TokenDataset:
+        """The second stream: answers alone, of which no loss declares a column."""
+        alone = replace(
+            self, columns=(), optional_columns=(), paired=None, unlabelled=True, row_problem=lambda columns: ""
+        )
+        loaded = load_examples(spec, **alone._rules())
+        return alone._tokens(loaded.examples, loaded.report, "targets")
 
     def one(self, rows: Any, title: str) -> TokenDataset:
         """A data set, list of rows or `TokenDataset` as a `TokenDataset`."""
@@ -119,6 +142,7 @@ class Preparation:
             "on_bad_row": self.args.on_bad_row,
             "max_bad_rows": self.args.max_bad_rows,
             "paired": self.paired,
+            "unlabelled": self.unlabelled,
             "required_columns": self.columns,
             "optional_columns": (*self.optional_columns, WEIGHT),
             "special_tokens": self.tokenizer.all_special_tokens,
@@ -152,14 +176,17 @@ class Preparation:
         data = TokenDataset(tokens.rows, {"data": report.as_dict(), "tokens": tokens.report.as_dict()})
         return self._matched(data, title)
 
+    @property
+    def _seed(self) -> int:
+        return self.args.seed if self.args.data_seed is None else self.args.data_seed
+
     def _matched(self, data: TokenDataset, title: str) -> TokenDataset:
         """With mismatched answers where a loss asks for them; rows that have theirs stay as they are."""
         if not self.mismatched or has_mismatched(data):
             return data
         if data.paired:
             self.say(f"{title}: {len(data):,} pairs are read as {2 * len(data):,} single answers")
-        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        matched, left = with_mismatched(single_answers(data), seed, self.args.max_length)
+        matched, left = with_mismatched(single_answers(data), self._seed, self.args.max_length)
         if left:
             self.say(f"{title}: {left:,} answers have no other prompt to stand behind and keep their own")
         return matched

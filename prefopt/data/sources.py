@@ -37,12 +37,14 @@ class LoadRules:
 
     `on_bad_row`: "error" stops at the first bad row, "skip" leaves bad rows out and counts them, up to `max_bad_rows`.
     `paired`: True asks for pairs, False for labelled answers (pairs become two of them each), None takes what is there.
+    `unlabelled`: a single answer may go without a label, and is then a good one.
     The columns are those the loss declares. `special_tokens` found inside the texts are counted in the report.
     """
 
     on_bad_row: OnBadRow = "error"
     max_bad_rows: int | None = None
     paired: bool | None = None
+    unlabelled: bool = False
     required_columns: Sequence[str] = ()
     optional_columns: Sequence[str] = ()
     special_tokens: Iterable[str] = ()
@@ -145,7 +147,7 @@ class _Loader:
             raise DataError(f"{problems[0]} An optional column stands in every row or in none.")
 
     def _read(self, rows: Rows, count: SourceCount) -> Iterator[Example]:
-        parser = RowParser()
+        parser = RowParser(self.rules.unlabelled)
         for row in rows:
             count.rows += 1
             if isinstance(row, Problem):

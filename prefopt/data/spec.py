@@ -20,7 +20,7 @@ class DataSpec:
     pattern, a list, or these by split. `columns` keeps only these of the source's columns; `column_names` maps our
     names to the source's, `{prompt: question}`. `fraction` in (0, 1] keeps a sample of the rows, the same for the same
     `seed`. `test_split_size` (a share, or a number of examples) is set aside by `load_train_test`, which otherwise
-    loads `test_split`.
+    loads `test_split`. `targets` names a second stream of single answers, which a loss imitates beside the pairs.
     """
 
     path: str | None = None
@@ -38,6 +38,7 @@ class DataSpec:
     column_names: Mapping[str, str] = field(default_factory=dict)
     fraction: float | None = None
     seed: int = 0
+    targets: DataSpec | None = None
 
     def __post_init__(self) -> None:
         said = [name for name in ("path", "data_files", "rows") if getattr(self, name) is not None]
@@ -66,8 +67,8 @@ class DataSpec:
         if own:
             raise RecipeError(f"data: `{own[0]}` stands beside a mixture; write it in each entry it is meant for")
         for entry in self.mixture:
-            if entry.mixture or entry.test_split_size is not None:
-                raise RecipeError("data: an entry of a mixture is one source, without a mixture or a test split")
+            if entry.mixture or entry.test_split_size is not None or entry.targets is not None:
+                raise RecipeError("data: an entry of a mixture is one source, without a mixture, test split or targets")
 
     @property
     def title(self) -> str:
@@ -81,7 +82,7 @@ class DataSpec:
     @classmethod
     def from_mapping(cls, entry: Mapping[str, Any], **defaults: Any) -> DataSpec:
         """A source from a block such as `{path: ..., split: ..., fraction: 0.5}`; unknown keys are refused."""
-        known = [item.name for item in fields(cls) if item.name not in ("rows", "rows_name", "mixture")]
+        known = [item.name for item in fields(cls) if item.name not in ("rows", "rows_name", "mixture", "targets")]
         for key in entry:
             if key not in known:
                 raise RecipeError(f"data: `{key}` is not known.{nearest(key, known)} Known: {', '.join(known)}")

@@ -23,7 +23,8 @@ class SLiC(Loss):
     Formula:
         lp(y) = log pi(y|x), summed over tokens
         loss = max(0, delta - lp(chosen) + lp(rejected)) - target_weight lp(target)
-        the target is the column `target`, an answer to the row's prompt, or the chosen answer where there is none
+        the target is the column `target`, an answer to the row's prompt; an answer to another prompt (`targets:`); or,
+        where there is none, the chosen answer
 
     Derivation:
         A hinge calibrates the order of likelihoods. Alone it may lower both, so the cross-entropy of a target stands in

@@ -201,7 +201,7 @@ def _read_template(file: Path) -> str:
 def _check_positions(model: Any, data: TokenDataset) -> None:
     """Refuse rows that reach beyond the model's positions: it fails on them, or reads what it never learnt to."""
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    longest = data.reports["tokens"]["lengths"]["row"]["max"]
+    longest = max(data.widths(shared=False))
     if positions is not None and longest > positions:
         raise UserError(
             f"max_length: the longest row has {longest} tokens, and the model has {positions} positions. "

@@ -18,6 +18,7 @@ from prefopt.recipe.renamed import RENAMED, RETIRED, loss_type_remedy, remedy
 from prefopt.recipe.sections import DataSection, DatasetEntry, LossSpec, ModelSection, ReferenceSection
 from prefopt.recipe.tree import NULLS, Block, Items, Node, Text
 
+MIXTURES = ("datasets", "targets")
 BLOCKS = ("loss", "loss_weights", "reference", "procedure")
 
 
@@ -45,9 +46,10 @@ def read(tree: Block, source: str, problems: Problems) -> Draft:
     entries = tree.entries
     draft = Draft(source, {name: node.place for name, node in entries.items()})
     draft.model = read_section(ModelSection, entries, problems)
-    draft.data = read_section(DataSection, entries, problems, besides=("datasets",))
-    if "datasets" in entries:
-        draft.data["datasets"] = _datasets(entries["datasets"], problems)
+    draft.data = read_section(DataSection, entries, problems, besides=MIXTURES)
+    for name in MIXTURES:
+        if name in entries:
+            draft.data[name] = _mixture(name, entries[name], problems)
     draft.training = _training(entries, problems)
     draft.losses = read_losses(entries, problems)
     if "loss_weights" in entries:
@@ -96,13 +98,13 @@ def _check_training(name: str, value: Any, node: Node, problems: Problems) -> No
         problems.add(node.place, name, reason)
 
 
-def _datasets(node: Node, problems: Problems) -> tuple[DatasetEntry, ...]:
+def _mixture(name: str, node: Node, problems: Problems) -> tuple[DatasetEntry, ...]:
     if not isinstance(node, Items) or not node.items:
-        problems.add(node.place, "datasets", "expected a list of {path, data_files, split, fraction, ...}.")
+        problems.add(node.place, name, "expected a list of {path, data_files, split, fraction, ...}.")
         return ()
     read = []
     for index, item in enumerate(node.items):
-        path = f"datasets.{index}"
+        path = f"{name}.{index}"
         if not isinstance(item, Block):
             problems.add(item.place, path, "expected a block with `path` or `data_files`.")
             continue

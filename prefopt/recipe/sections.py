@@ -110,6 +110,12 @@ class DataSection:
     datasets: tuple[DatasetEntry, ...] = field(
         default=(), metadata=about("A mixture: a list of {path, data_files, split, fraction, ...}.")
     )
+    targets: tuple[DatasetEntry, ...] = field(
+        default=(),
+        metadata=about(
+            "Rows of prompt and completion for a loss with a target (slic), one beside each pair: a list like datasets."
+        ),
+    )
     column_names: dict[str, str] | None = field(
         default=None, metadata=about("Our column name: the name it has in the data.")
     )
@@ -141,11 +147,14 @@ class DataSection:
             test_split=test_split,
             test_split_size=int(size) if size is not None and size >= 1 else size,
             column_names=self.column_names or {},
+            targets=DataSpec(mixture=tuple(entry.spec(with_test=False) for entry in self.targets))
+            if self.targets
+            else None,
         )
 
     def local_files(self) -> list[Path]:
         """The files on this machine that the rows come from, patterns and folders opened up, sorted."""
-        parts = [part for entry in self.datasets for part in (entry.path, entry.data_files)]
+        parts = [part for entry in (*self.datasets, *self.targets) for part in (entry.path, entry.data_files)]
         named = [self.dataset_name, self.data_files, *parts]
         return sorted({path for names in named for path in _files(names)})
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from prefopt.data.answers import prompt_of
 from prefopt.data.collation import Batch, Collator, Row
 from prefopt.data.dataset import TokenDataset
 
@@ -22,7 +23,7 @@ class Answer:
     @property
     def tokens(self) -> int:
         """Tokens the backbone reads, prompt included."""
-        return len(self.row["prompt_ids"]) + len(self.row[f"{self.side}_ids"])
+        return len(prompt_of(self.row, self.side)) + len(self.row[f"{self.side}_ids"])
 
     @property
     def length(self) -> int:
@@ -80,7 +81,7 @@ def plan_of_answers(answers: Sequence[Answer], collator: Collator) -> Batch:
     """The gather plan of some answers, in their order; of none, a batch that scores nothing."""
     rows: list[dict[str, Any]] = [
         {
-            "prompt_ids": answer.row["prompt_ids"],
+            "prompt_ids": prompt_of(answer.row, answer.side),
             "completion_ids": answer.row[f"{answer.side}_ids"],
             "completion_scored": answer.row[f"{answer.side}_scored"],
             "desirable": True,

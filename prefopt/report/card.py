@@ -170,7 +170,8 @@ def _start(base: str | None, adapter: bool) -> str:
 def _datasets(recipe: Mapping[str, Any]) -> list[str]:
     """Data sets and files that a recipe trains on."""
     parts = [recipe.get("dataset_name"), recipe.get("data_files")]
-    parts += [entry.get("path") or entry.get("data_files") for entry in recipe.get("datasets") or []]
+    entries = [*(recipe.get("datasets") or []), *(recipe.get("targets") or [])]
+    parts += [entry.get("path") or entry.get("data_files") for entry in entries]
     return [name for part in parts for name in _names(part)]
 
 
@@ -271,7 +272,7 @@ def _again(recipe: Mapping[str, Any], plugins: Sequence[str]) -> str:
     lines = [f"`{command}` makes this model again, from the same data."]
     if plugins:
         lines.append(f"The run folder keeps the code of its loss in `{PLUGINS}/`; a push leaves it there.")
-    parts = [recipe, *(recipe.get("datasets") or [])]
+    parts = [recipe, *(recipe.get("datasets") or []), *(recipe.get("targets") or [])]
     if files := [f"`{name}`" for part in parts for name in _names(part.get("data_files")) if "://" not in name]:
         lines.append(f"Run it in the folder that has {', '.join(files)}, with the path of the recipe.")
     return "\n\n".join(lines)

@@ -59,6 +59,15 @@ def test_labelled_answer(label: Any, desirable: bool) -> None:
     assert example.chosen is None and example.rejected is None
 
 
+def test_an_answer_without_a_label_is_a_good_one_where_no_other_is_read() -> None:
+    row = {"prompt": "q", "completion": " a"}
+    assert [example.desirable for example in load(row, {**row, "label": 0}, unlabelled=True)] == [True, False]
+    with pytest.raises(DataError, match="Did you mean `label`"):
+        load({**row, "labels": False}, unlabelled=True)
+    with pytest.raises(DataError, match="column `label`: the column is missing"):
+        load(row)
+
+
 def test_label_column_of_a_pair_is_an_ordinary_column() -> None:
     (example,) = load({**PAIR, "label": "maths"})
     assert example.columns == {"label": "maths"}
