@@ -224,6 +224,10 @@ class PreferenceConfig(TrainingArguments):
         default=None,
         metadata={"help": "Compute in bfloat16. Not set: true on a GPU that has it, unless fp16 is set."},
     )
+    dataloader_num_workers: int | None = field(  # type: ignore[assignment]
+        default=None,
+        metadata={"help": "Processes that make batches ahead of their step. Not set: 1 beside a GPU, else none."},
+    )
     train_sampling_strategy: str = field(
         default="group_by_length",
         metadata={
@@ -362,6 +366,8 @@ class PreferenceConfig(TrainingArguments):
         self.use_cpu = self.use_cpu or not has_accelerator()
         if self.bf16 is None:
             self.bf16 = not self.fp16 and not self.use_cpu and is_torch_bf16_gpu_available()
+        if self.dataloader_num_workers is None:
+            self.dataloader_num_workers = 0 if self.use_cpu else 1
         if isinstance(self.allow_change, str):
             self.allow_change = [self.allow_change]
         if self.activation_checkpointing is None and self.gradient_checkpointing is None:

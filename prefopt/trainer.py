@@ -13,6 +13,7 @@ from functools import cached_property
 from typing import Any
 
 import torch
+from accelerate.utils import TorchDynamoPlugin
 from peft import PeftConfig
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -20,6 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 from transformers.trainer_utils import EvalLoopOutput, set_seed
 
 from prefopt.checks import check_rows, check_start, check_step
+from prefopt.compiling import compile_blocks
 from prefopt.config import PreferenceConfig
 from prefopt.data.collation import Batch
 from prefopt.data.dataset import TokenDataset
@@ -27,9 +29,9 @@ from prefopt.data.prepare import WEIGHT
 from prefopt.drift import loss_facts
 from prefopt.durable import DurableTrainer
 from prefopt.errors import NonFiniteError
-from prefopt.interrupt import spare_worker
 from prefopt.launch import refuse_parallelism
 from prefopt.layouts import choose_layout, is_shared, row_sampler
+from prefopt.loading import batch_loader, to_device
 from prefopt.losses import Loss, Objective, sides_of
 from prefopt.losses.trial import try_losses
 from prefopt.metrics import MetricSums
@@ -92,14 +94,14 @@ class PreferenceTrainer(DurableTrainer):
             disable_dropout=args.disable_dropout,
             pad_token_id=tokenizer.pad_token_id,
         )
-        explicit = open_reference(self.objective.reference, ref_model, args, quantization_config)
+        explicit = compile_blocks(open_reference(self.objective.reference, ref_model, args, quantization_config), args)
         self._eval_sums = MetricSums()
         self._predictions = Predictions(compute_metrics)
         self._estimates: dict[str, float] = {}
         self._window: list[tuple[Tensor, Tensor]] = []
         self._new_tokens = 0
         super().__init__(
-            model=policy,
+            model=compile_blocks(policy, args),
             args=args,
             data_collator=data_collator or self.preparation.collator(train_dataset or eval_dataset, self.objective),
             train_dataset=train_dataset,
@@ -114,6 +116,10 @@ class PreferenceTrainer(DurableTrainer):
         )
         choose_layout(self, own_collator=data_collator is not None)
 
+    def _build_accelerator_args(self, **kwargs: Any) -> dict[str, Any]:
+        """Blocks are compiled already, so accelerate compiles nothing around them."""
+        return {**super()._build_accelerator_args(**kwargs), "dynamo_plugin": TorchDynamoPlugin(backend="no")}
+
     def _get_dataloader(  # type: ignore[override]
         self,
         dataset: TokenDataset,
@@ -123,19 +129,11 @@ class PreferenceTrainer(DurableTrainer):
         is_training: bool = False,
         dataloader_key: str | None = None,
     ) -> DataLoader:
-        args = self.args
         sampler = row_sampler(self, dataset, batch_size=batch_size, is_training=is_training)
-        # A plain loader, not prepared: accelerate would shard it again and repeat rows to even the batches.
-        return DataLoader(
-            dataset,  # type: ignore[arg-type]
-            batch_sampler=sampler,
-            collate_fn=self.data_collator,
-            num_workers=args.dataloader_num_workers,
-            worker_init_fn=spare_worker,
-            pin_memory=args.dataloader_pin_memory and torch.cuda.is_available(),
-            persistent_workers=args.dataloader_persistent_workers,
-            prefetch_factor=args.dataloader_prefetch_factor,
-        )
+        return batch_loader(dataset, sampler, self.data_collator, self.args)
+
+    def _prepare_input(self, data: Any) -> Any:
+        return to_device(data, self.args.device)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
         """The loader of an evaluation set: its name, a prepared data set, or raw rows, which are prepared first."""
