@@ -216,6 +216,9 @@ class PreferenceConfig(TrainingArguments):
     logging_steps: float = field(
         default=10, metadata={"help": "Log every so many steps; below 1, a share of all steps."}
     )
+    activation_offloading: bool = field(
+        default=False, metadata={"help": "Keep activations in the machine's memory until the backward pass."}
+    )
     activation_checkpointing: bool | None = field(
         default=None,
         metadata={"help": "Recompute activations in the backward pass: less memory, slower. On unless set to false."},
@@ -388,6 +391,8 @@ class PreferenceConfig(TrainingArguments):
             raise UserError("auto_find_batch_size: max_tokens_per_device settles the batch size. Remove one of them.")
 
     def _check_devices(self) -> None:
+        if self.activation_offloading and self.use_cpu:
+            raise UserError("activation_offloading: there is no device here whose memory it would spare. Remove it.")
         # Read only now: before, the field may still be a path to a JSON file.
         problem = field_problem("accelerator_config", self.accelerator_config)
         if problem:

@@ -45,7 +45,7 @@ FREE = frozenset((
     "eval_do_concat_batches", "eval_use_gather_object", "eval_accumulation_steps", "include_for_metrics",
     "batch_eval_metrics", "bf16_full_eval", "fp16_full_eval", "label_names", "do_train", "do_eval", "do_predict",
     # memory, and the speed of loading
-    "activation_checkpointing", "activation_checkpointing_kwargs", "gradient_checkpointing",
+    "activation_checkpointing", "activation_checkpointing_kwargs", "activation_offloading", "gradient_checkpointing",
     "gradient_checkpointing_kwargs", "torch_empty_cache_steps", "use_cache", "dataloader_num_workers",
     "dataloader_pin_memory", "dataloader_persistent_workers", "dataloader_prefetch_factor",
     "dataloader_multiprocessing_context", "dataloader_in_order", "length_column_name", "dataset_num_proc",

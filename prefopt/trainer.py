@@ -36,6 +36,7 @@ from prefopt.losses import Loss, Objective, sides_of
 from prefopt.losses.trial import try_losses
 from prefopt.metrics import MetricSums
 from prefopt.models import complete_tokenizer, open_model, open_reference, prepare_policy, tokenizer_of
+from prefopt.offloading import offloading
 from prefopt.predictions import Predictions
 from prefopt.referencing import attach, begin_training, open_reference_scores, score_both
 from prefopt.scoring import TokenScores
@@ -115,19 +116,14 @@ class PreferenceTrainer(DurableTrainer):
             self, explicit, fresh_adapter=peft_config is not None
         )
         choose_layout(self, own_collator=data_collator is not None)
+        self._offloading = offloading(self.model, args)
 
     def _build_accelerator_args(self, **kwargs: Any) -> dict[str, Any]:
         """Blocks are compiled already, so accelerate compiles nothing around them."""
         return {**super()._build_accelerator_args(**kwargs), "dynamo_plugin": TorchDynamoPlugin(backend="no")}
 
     def _get_dataloader(  # type: ignore[override]
-        self,
-        dataset: TokenDataset,
-        description: str,
-        batch_size: int,
-        sampler_fn: Any = None,
-        is_training: bool = False,
-        dataloader_key: str | None = None,
+        self, dataset: TokenDataset, *, batch_size: int, is_training: bool = False, **about: Any
     ) -> DataLoader:
         sampler = row_sampler(self, dataset, batch_size=batch_size, is_training=is_training)
         return batch_loader(dataset, sampler, self.data_collator, self.args)
@@ -171,6 +167,11 @@ class PreferenceTrainer(DurableTrainer):
             self._estimates = self._estimate(batches)
         counts = torch.tensor([self.objective.counts(sides_of(batch)) for batch in batches]).sum(0)
         return batches, self.accelerator.reduce(counts.to(device), reduction="sum")
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        """The stock step, with activations where the settings have them wait."""
+        with self._offloading:
+            return super().training_step(*args, **kwargs)
 
     def score(self, model: nn.Module, batch: Batch) -> TokenScores:
         """Policy and reference scores of the tokens of a batch that is on the device."""

@@ -1,11 +1,16 @@
-"""Batches reach the device as they were made, and in time."""
+"""Batches reach the device as they were made, and in time; activations wait where the settings say."""
 
 from __future__ import annotations
 
+from contextlib import contextmanager
+
+import pytest
 import torch
+from trl.models import activation_offloading
 
 from prefopt.config import PreferenceConfig
 from prefopt.data.collation import Collator
+from prefopt.errors import UserError
 from prefopt.loading import batch_loader, to_device
 from tests.helpers import text_pairs
 from tests.training import make_trainer
@@ -44,3 +49,37 @@ def test_workers_make_all_micro_batches_of_a_step_ahead(tmp_path):
     assert (loader().num_workers, loader().prefetch_factor) == (0, None)
     assert loader(dataloader_num_workers=1, gradient_accumulation_steps=5).prefetch_factor == 5
     assert loader(dataloader_num_workers=1, dataloader_prefetch_factor=3).prefetch_factor == 3
+
+
+def test_activations_wait_elsewhere_in_training_steps_alone(tmp_path, monkeypatch):
+    """On a device TRL's manager does it; what is seen here is where it is entered."""
+    entered, kept = [], []
+
+    @contextmanager
+    def hooks(model, **kwargs):
+        entered.append(torch.is_grad_enabled())
+        with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor.shape) or tensor, lambda x: x):
+            yield
+
+    class Manager:
+        def __init__(self, model, **kwargs):
+            self.make = lambda: hooks(model)
+
+        def __enter__(self):
+            self.context = self.make()
+            return self.context.__enter__()
+
+        def __exit__(self, *error):
+            return self.context.__exit__(*error)
+
+    monkeypatch.setattr(activation_offloading, "get_act_offloading_ctx_manager", Manager)
+    monkeypatch.setattr(PreferenceConfig, "_check_devices", lambda self: None)
+    trainer = make_trainer(tmp_path, text_pairs(8), per_device_train_batch_size=4, activation_offloading=True)
+    trainer.train()
+    trainer.evaluate(text_pairs(3))
+    assert entered == [True, True] and kept
+
+
+def test_offloading_without_a_device_is_refused_before_a_model_is_loaded(tmp_path):
+    with pytest.raises(UserError, match="activation_offloading: there is no device here"):
+        PreferenceConfig(output_dir=str(tmp_path), activation_offloading=True)

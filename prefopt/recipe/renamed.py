@@ -36,7 +36,6 @@ NOTES = {
 """What to know besides the new name."""
 
 RETIRED = {
-    "activation_offloading": "is not supported. Remove this line.",
     "cpo_alpha": "write a list of two losses, simpo (or another) and sft, and loss_weights with this number for sft.",
     "dataset_mixer": "write datasets: a list of {path, split, fraction}.",
     "dataset_mixture": "write datasets: a list of {path, split, fraction}.",

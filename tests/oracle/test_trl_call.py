@@ -50,7 +50,6 @@ SETTINGS_ELSEWHERE = {
     "padding_free": "off in TRL too",
     "precompute_ref_batch_size": "`reference`",
     "precompute_ref_log_probs": "`reference`",
-    "activation_offloading": "not supported",
     "ref_model_mixup_alpha": "not supported",
     "ref_model_sync_steps": "not supported",
     "router_aux_loss_coef": "not supported",
