@@ -43,19 +43,24 @@ def inputs_of(stage: Stage) -> dict[str, Any]:
     template = recipe.model.chat_template_path
     data = [*recipe.data.local_files(), *([Path(template)] if template else [])]
     hashes = {
-        "data": {str(file): _sha256(file) for file in data},
+        "data": {str(file): sha256_of(file) for file in data},
         # By loss and not by path: the same file in another folder is the same formula.
-        "plugin": {name: _sha256(file) for name, file in plugin_files(recipe).items()},
+        "plugin": {name: sha256_of(file) for name, file in plugin_files(recipe).items()},
     }
     models = (recipe.model.model_name_or_path, recipe.reference.model)
     folders = {name: sampled(Path(name)) for name in models if name and Path(name).is_dir()}
     return as_facts({**settings, **loss_facts(recipe.objective()), **hashes, "reference": reference, "model": folders})
 
 
+def model_files(folder: Path) -> list[Path]:
+    """The files that a model, an adapter or a tokenizer is loaded from."""
+    return sorted({path for pattern in _MODEL for path in folder.glob(pattern) if path.is_file()})
+
+
 def sampled(folder: Path) -> str:
     """A hash of the files that a model is loaded from: small ones whole, of large ones the length and samples."""
     digest = hashlib.sha256()
-    for path in sorted({path for pattern in _MODEL for path in folder.glob(pattern) if path.is_file()}):
+    for path in model_files(folder):
         size = path.stat().st_size
         digest.update(f"{path.name} {size} ".encode())
         with open(path, "rb") as file:
@@ -92,6 +97,7 @@ def keep_plugins(recipe: Recipe) -> None:
         copy.write_bytes(file.read_bytes())
 
 
-def _sha256(path: Path) -> str:
+def sha256_of(path: Path) -> str:
+    """SHA-256 (hex) of a file."""
     with open(path, "rb") as file:
         return sha_fileobj(file).hex()

@@ -21,8 +21,9 @@ from prefopt.data.dataset import TokenDataset
 from prefopt.errors import UserError
 from prefopt.losses import Objective
 from prefopt.losses.trial import try_losses
-from prefopt.models import adapter_config, load_model, load_tokenizer, quantization_config
+from prefopt.models import load_model, load_tokenizer, new_adapter, quantization_config
 from prefopt.procedures.inputs import keep_plugins
+from prefopt.procedures.lineage import Lineage
 from prefopt.recipe import Recipe, ReferenceSection
 from prefopt.report.card import write_card
 from prefopt.report.plots import save_plots
@@ -52,15 +53,17 @@ class Phases:
             self.seconds[name] = round(self.seconds.get(name, 0.0) + time.monotonic() - start, 2)
 
 
-def train(recipe: Recipe) -> dict[str, Any]:
+def train(recipe: Recipe, lineage: Lineage | None = None) -> dict[str, Any]:
     """Train as a recipe says and leave model, recipe, figures, plots and card in its run folder; returns the results.
 
-    Goes on from a checkpoint as `resume` says. Raises `UserError` for what a user can mend, data before weights.
+    Goes on from a checkpoint as `resume` says. `lineage` proves where the model comes from. Raises `UserError` for what a user can mend, data before weights.
     """
     phases = Phases()
     objective = recipe.objective()
     try_losses(objective.losses)
     args = recipe.training_arguments()
+    if lineage is not None:
+        lineage.check_files()
     with phases.phase("data"):
         tokenizer = open_tokenizer(recipe)
         data, test = preparation(tokenizer, args, objective).train_and_test(recipe.data_spec())
@@ -69,6 +72,8 @@ def train(recipe: Recipe) -> dict[str, Any]:
     with phases.phase("model"):
         trainer = build_trainer(recipe, objective, tokenizer, data, test)
         trainer.recipe = recipe.resolved()
+        if lineage is not None:
+            lineage.begin(trainer)
     if PartialState().is_main_process:
         recipe.dump(Path(recipe.output_dir) / "recipe.yaml")
         keep_plugins(recipe)
@@ -79,6 +84,8 @@ def train(recipe: Recipe) -> dict[str, Any]:
         evaluation = (_fresh_evaluation(trainer) or trainer.evaluate()) if test is not None else {}
     with phases.phase("save"):
         trainer.save_model(recipe.output_dir, _internal_call=True)  # the push comes when the report is written
+        if lineage is not None:
+            lineage.finish(trainer)
     results = {
         "train": {**_last_logged(trainer), **outcome.metrics},
         "eval": evaluation,
@@ -135,7 +142,7 @@ def build_trainer(
         eval_dataset=test,
         processing_class=tokenizer,
         callbacks=[MetricsFile(), LastStep()],
-        peft_config=adapter_config(section),
+        peft_config=new_adapter(section, model),
     )
     show_progress(trainer)
     return trainer
