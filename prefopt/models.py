@@ -132,8 +132,8 @@ def new_adapter(section: ModelSection, model: nn.Module) -> LoraConfig | None:
     for setting, name in _ADAPTER_SETTINGS.items():
         if getattr(own, name, None) != getattr(config, name):
             raise UserError(
-                f"{setting}: {getattr(config, name)}, but the adapter in `{section.model_name_or_path}`, which training "
-                f"goes on with, has {getattr(own, name, None)}. Write that, or merge the adapter into its base first"
+                f"{setting}: {getattr(config, name)}, but the adapter in `{section.model_name_or_path}`, which goes on "
+                f"being trained, has {getattr(own, name, None)}. Write that, or merge the adapter into its base first"
             )
     return None
 

@@ -56,7 +56,8 @@ class Phases:
 def train(recipe: Recipe, lineage: Lineage | None = None) -> dict[str, Any]:
     """Train as a recipe says and leave model, recipe, figures, plots and card in its run folder; returns the results.
 
-    Goes on from a checkpoint as `resume` says. `lineage` proves where the model comes from. Raises `UserError` for what a user can mend, data before weights.
+    Goes on from a checkpoint as `resume` says. `lineage` proves where the model comes from. Raises `UserError`
+    for what a user can mend, data before weights.
     """
     phases = Phases()
     objective = recipe.objective()
