@@ -77,15 +77,15 @@ class Preparation:
     def train_and_test(self, spec: DataSpec) -> tuple[TokenDataset, TokenDataset | None]:
         """Training rows and, where the source has some or sets some aside, test rows."""
         train, test = load_train_test(spec, **self._rules())
-        rows = self._tokens(train.examples, train.report, "train")
-        return rows, None if test is None else self._tokens(test.examples, test.report, "test")
+        rows = self.tokens(train.examples, train.report, "train")
+        return rows, None if test is None else self.tokens(test.examples, test.report, "test")
 
     def one(self, rows: Any, title: str) -> TokenDataset:
         """A data set, list of rows or `TokenDataset` as a `TokenDataset`."""
         if isinstance(rows, TokenDataset):
             return self._matched(rows, title)
         loaded = load_examples(DataSpec(rows=rows, rows_name=title), **self._rules())
-        return self._tokens(loaded.examples, loaded.report, title)
+        return self.tokens(loaded.examples, loaded.report, title)
 
     def train(self, rows: Any) -> TokenDataset | None:
         """Training rows as `one`; of a dict of splits its `train`."""
@@ -114,17 +114,8 @@ class Preparation:
             pad_to_multiple_of=self.args.pad_to_multiple_of or 1,
         )
 
-    def _rules(self) -> dict[str, Any]:
-        return {
-            "on_bad_row": self.args.on_bad_row,
-            "max_bad_rows": self.args.max_bad_rows,
-            "paired": self.paired,
-            "required_columns": self.columns,
-            "optional_columns": (*self.optional_columns, WEIGHT),
-            "special_tokens": self.tokenizer.all_special_tokens,
-        }
-
-    def _tokens(self, examples: Sequence[Example], report: DataReport, title: str) -> TokenDataset:
+    def tokens(self, examples: Sequence[Example], report: DataReport, title: str) -> TokenDataset:
+        """Examples as token rows; `report` is of how they were loaded."""
         args = self.args
         settings = TokenSettings(
             max_length=args.max_length,
@@ -151,6 +142,16 @@ class Preparation:
         _number(tokens.rows)
         data = TokenDataset(tokens.rows, {"data": report.as_dict(), "tokens": tokens.report.as_dict()})
         return self._matched(data, title)
+
+    def _rules(self) -> dict[str, Any]:
+        return {
+            "on_bad_row": self.args.on_bad_row,
+            "max_bad_rows": self.args.max_bad_rows,
+            "paired": self.paired,
+            "required_columns": self.columns,
+            "optional_columns": (*self.optional_columns, WEIGHT),
+            "special_tokens": self.tokenizer.all_special_tokens,
+        }
 
     def _matched(self, data: TokenDataset, title: str) -> TokenDataset:
         """With mismatched answers where a loss asks for them; rows that have theirs stay as they are."""

@@ -35,21 +35,26 @@ def inputs_of(stage: Stage) -> dict[str, Any]:
     nearly everywhere.
     """
     if isinstance(stage, MakeStage):
-        return as_facts(stage.settings)
+        return as_facts({**stage.settings, **stage.inputs()})
     recipe = stage.recipe
     resolved = recipe.resolved()
     settings = {name: value for name, value in resolved.items() if name not in FREE}
     reference = {name: value for name, value in resolved.get("reference", {}).items() if name not in _FREE_OF_REFERENCE}
+    # By loss and not by path: the same file in another folder is the same formula.
+    plugins = {name: sha256_of(file) for name, file in plugin_files(recipe).items()}
+    own = {**loss_facts(recipe.objective()), "plugin": plugins, "reference": reference}
+    return as_facts({**settings, **own, **contents_of(recipe)})
+
+
+def contents_of(recipe: Recipe) -> dict[str, dict[str, str]]:
+    """Hashes of the local files that a recipe reads: of its data, whole, and of its models, by samples."""
     template = recipe.model.chat_template_path
     data = [*recipe.data.local_files(), *([Path(template)] if template else [])]
-    hashes = {
-        "data": {str(file): sha256_of(file) for file in data},
-        # By loss and not by path: the same file in another folder is the same formula.
-        "plugin": {name: sha256_of(file) for name, file in plugin_files(recipe).items()},
-    }
     models = (recipe.model.model_name_or_path, recipe.reference.model)
-    folders = {name: sampled(Path(name)) for name in models if name and Path(name).is_dir()}
-    return as_facts({**settings, **loss_facts(recipe.objective()), **hashes, "reference": reference, "model": folders})
+    return {
+        "data": {str(file): sha256_of(file) for file in data},
+        "model": {name: sampled(Path(name)) for name in models if name and Path(name).is_dir()},
+    }
 
 
 def model_files(folder: Path) -> list[Path]:

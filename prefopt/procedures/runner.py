@@ -161,9 +161,7 @@ def _refuse_late(stage: Stage, found: Sequence[Difference]) -> None:
 
 def _run(stage: Stage, lineage: Lineage | None) -> Any:
     if isinstance(stage, MakeStage):
-        if stage.on_every_rank:
-            return stage.make()
-        result = [stage.make() if PartialState().is_main_process else None]
+        result = [stage.make() if stage.on_every_rank or PartialState().is_main_process else None]
         return broadcast_object_list(result)[0]
     from prefopt.procedures.train import train
 

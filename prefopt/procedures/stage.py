@@ -28,18 +28,20 @@ class TrainStage:
 
 @dataclass(frozen=True)
 class MakeStage:
-    """A step that makes files rather than trains: `make()` writes into `folder` on the main process alone.
+    """A step that makes files rather than trains: `make()` writes into `folder`.
 
-    `settings` is what the result depends on beside the stages before it; `summary`, a line that says what it does.
-    `on_every_rank`: `make` is called by all processes, shares its work out among them, and gives all the same result.
+    It runs on the main process alone, or on all of them where `on_every_rank` is set. `settings` is what the result
+    depends on beside the stages before it; `inputs()` is what of that is known only when the stage begins, such as
+    hashes of the files it reads. `summary` says in a line what it makes and what that costs.
     """
 
     name: str
     folder: Path
     make: Callable[[], Any]
     settings: dict[str, Any]
-    summary: str = ""
     on_every_rank: bool = False
+    inputs: Callable[[], dict[str, Any]] = dict
+    summary: str = ""
 
 
 Stage = TrainStage | MakeStage

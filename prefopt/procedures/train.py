@@ -24,7 +24,7 @@ from prefopt.losses.trial import try_losses
 from prefopt.models import load_model, load_tokenizer, new_adapter, quantization_config
 from prefopt.procedures.inputs import keep_plugins
 from prefopt.procedures.lineage import Lineage
-from prefopt.recipe import Recipe, ReferenceSection
+from prefopt.recipe import ModelSection, Recipe, ReferenceSection
 from prefopt.report.card import write_card
 from prefopt.report.plots import save_plots
 from prefopt.report.progress import LastStep, show_progress
@@ -115,25 +115,13 @@ def build_trainer(
 ) -> PreferenceTrainer:
     """The trainer of a recipe: model, adapter and reference opened, nothing trained yet."""
     section, reference = recipe.model, recipe.reference
-    options = {
-        "trust_remote_code": section.trust_remote_code,
-        "attn_implementation": section.attn_implementation,
-        "quantization_config": quantization_config(section),
-    }
     args = recipe.training_arguments()
-    if section.from_scratch is not None:
-        model = build_model(
-            section.from_scratch, tokenizer, args.seed, attn_implementation=section.attn_implementation
-        ).to(getattr(torch, "float32" if section.dtype == "auto" else section.dtype))
-    else:
-        model = load_model(
-            str(section.model_name_or_path), dtype=section.dtype, revision=section.model_revision, **options
-        )
+    model = open_policy(recipe, tokenizer)
     _check_positions(model, data)
     explicit = None
     if reference.model is not None:
         _check_reference_tokens(reference, tokenizer)
-        explicit = load_model(reference.model, dtype=section.dtype, revision=reference.revision, **options)
+        explicit = load_model(reference.model, dtype=section.dtype, revision=reference.revision, **_options(section))
     trainer = PreferenceTrainer(
         model,
         explicit,
@@ -147,6 +135,25 @@ def build_trainer(
     )
     show_progress(trainer)
     return trainer
+
+
+def open_policy(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Any:
+    """The model that a recipe starts from, made or loaded; with its adapter where the recipe names one."""
+    section = recipe.model
+    if section.from_scratch is not None:
+        seed, attention = recipe.training_arguments().seed, section.attn_implementation
+        model = build_model(section.from_scratch, tokenizer, seed, attn_implementation=attention)
+        return model.to(getattr(torch, "float32" if section.dtype == "auto" else section.dtype))
+    name = str(section.model_name_or_path)
+    return load_model(name, dtype=section.dtype, revision=section.model_revision, **_options(section))
+
+
+def _options(section: ModelSection) -> dict[str, Any]:
+    return {
+        "trust_remote_code": section.trust_remote_code,
+        "attn_implementation": section.attn_implementation,
+        "quantization_config": quantization_config(section),
+    }
 
 
 def open_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
