@@ -20,6 +20,7 @@ from prefopt.report.results import plain
 
 if TYPE_CHECKING:
     from prefopt.recipe import Recipe
+    from prefopt.recipe.sections import DataSection
 
 EASY, GIVEN, RANDOM = "easy_to_hard", "given", "random"
 ORDERS = (EASY, GIVEN, RANDOM)
@@ -74,11 +75,10 @@ def chunk_file(step: int) -> str:
     return f"chunk-{step}.jsonl"
 
 
-def read_cut(recipe: Recipe) -> Cut:
-    """The `chunks` of a recipe's `procedure` block. Raises `RecipeError`."""
-    given = recipe.procedure.get("chunks")
+def read_cut(given: Any, data: DataSection) -> Cut:
+    """The `chunks` of a `procedure` block, and the data they are cut from. Raises `RecipeError`."""
     if given == "datasets":
-        names = tuple(entry.title for entry in _entries(recipe.data.spec(evaluate=False)))
+        names = tuple(entry.title for entry in _entries(data.spec(evaluate=False)))
         if not names:
             raise RecipeError(f"procedure.chunks: the recipe has no list of `datasets` or `data_files`. {_FORMS}")
         return Cut("datasets", len(names), names)

@@ -167,7 +167,7 @@ def _settings(recipe: Recipe, base: Recipe) -> Plan:
         raise RecipeError(f"procedure: stepwise needs a loss over pairs, and {names} reads single answers.")
     if base.reference.model is not None:
         raise RecipeError("reference.model: the reference of each step is the model it starts from. Remove it.")
-    cut = read_cut(base if "world" in given else recipe)
+    cut = read_cut(given.get("chunks"), base.data)
     order = _choice(given, "order", ORDERS)
     length = _choice(given, "length", LENGTHS)
     values = {name: _values(name, given[name], cut.count) for name in PER_STEP if given.get(name) is not None}

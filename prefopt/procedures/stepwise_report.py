@@ -26,7 +26,7 @@ PLOT = "steps"
 _HEADS = ("step", "chunk", "pairs", "accuracy before", "gap before", "first loss", "last loss", "eval accuracy")
 _BEFORE = (
     "`before`: the model that the step starts from, without a reference; the gap is log p(chosen) - log p(rejected) in "
-    "nats a pair."
+    "nats a pair. `eval accuracy` is of rewards against the step's own reference."
 )
 
 
