@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from itertools import chain
 
 import pytest
 
@@ -38,12 +39,14 @@ def ids(chunks) -> list[list[str]]:
 
 
 @pytest.mark.parametrize("order", [GIVEN, EASY, RANDOM])
-@pytest.mark.parametrize("cut", [COLUMN, Cut("rows", 3), Cut("rows", 2, sizes=(1, 5))], ids=["column", "equal", "sizes"])
+@pytest.mark.parametrize(
+    "cut", [COLUMN, Cut("rows", 3), Cut("rows", 2, sizes=(1, 5))], ids=["column", "equal", "sizes"]
+)
 def test_every_row_is_in_one_chunk(cut, order):
     rows = rows_of("a", "b", "c", "b", "a", "a")
     chunks = order_chunks(cut, rows, order, gaps=gaps_of(rows, [1, -2, 3, -4, 5, -6]))
     assert len(chunks) == cut.count
-    assert Counter(sum(ids(chunks), [])) == Counter(example.example_id for example in rows.train)
+    assert Counter(chain.from_iterable(ids(chunks))) == Counter(example.example_id for example in rows.train)
     given = {example.example_id: place for place, example in enumerate(rows.train)}
     for chunk in ids(chunks):  # inside, the order of the data, so that one chunk is the plain run
         assert [given[name] for name in chunk] == sorted(given[name] for name in chunk)
