@@ -2,7 +2,8 @@
 
 Each step is a fresh run on its chunk, with the model of the step before as its start and as its reference. By default
 the chunks come easy to hard, as the start model finds them without a reference: with itself as the reference every
-reward would be 0. The paper gives no code.
+reward would be 0. The paper's chunks are whole data sets, and it gives no code; rows of one source that are ordered by
+their own easiness are an extension of this package.
 
 What to know before using it: on a random partition the paper's result (72.56 on its six tasks) is below that of DPO on
 everything at once (72.67), so the order matters; and since every reference moves, the last model drifts further from
@@ -111,7 +112,8 @@ def make_chunks(recipe: Recipe, plan: Plan, folder: Path) -> dict[str, Any]:
 
     Returns what `chunks.json` holds. Every rank calls it. Raises `DataError` when the cut does not fit the data.
     """
-    say(_DRIFT, *([_RANDOM] if plan.order == RANDOM else []))
+    if plan.cut.count > 1:
+        say(_DRIFT, *([_RANDOM] if plan.order == RANDOM else []))
     rows, gaps = load_rows(recipe, plan.cut), None
     if plan.measures:
         from prefopt.procedures.measuring import answer_gaps
