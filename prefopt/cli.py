@@ -12,6 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from prefopt.errors import Stopped, UserError
+from prefopt.exit_status import leave_status
+from prefopt.reference.command import add_cache
 
 _OVERRIDES = "Any setting of the recipe can be given as --key value, --key=value or --loss.beta value; it wins."
 _STDOUT = 1
@@ -22,8 +24,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     A run that a signal stopped has said so itself; its status is 128 plus the number of the signal.
     """
+    status = _status(sys.argv[1:] if arguments is None else arguments)
+    leave_status(status)
+    return status
+
+
+def _status(arguments: Sequence[str]) -> int:
     parser = _parser()
-    options, rest = parser.parse_known_args(list(sys.argv[1:] if arguments is None else arguments))
+    options, rest = parser.parse_known_args(list(arguments))
     if rest and not getattr(options, "takes_overrides", False):
         parser.error(f"unknown argument: {rest[0]}")
     try:
@@ -61,7 +69,17 @@ def _parser() -> argparse.ArgumentParser:
 
     train = commands.add_parser("train", help="train as a recipe says", description=_OVERRIDES, allow_abbrev=False)
     train.add_argument("recipe", help="a YAML file, or the name of a recipe that comes with the package")
+    train.add_argument("--stage", metavar="K", help="run this stage of the plan alone, by its number or its name")
     train.set_defaults(run=_train, takes_overrides=True)
+
+    run = commands.add_parser(
+        "run",
+        help="train stage by stage, each in processes of its own",
+        description=f"{_OVERRIDES} Options of `accelerate launch` may stand among them and go to each launch.",
+        allow_abbrev=False,
+    )
+    run.add_argument("recipe")
+    run.set_defaults(run=_run, takes_overrides=True)
 
     explain = commands.add_parser(
         "explain",
@@ -90,7 +108,7 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--json", metavar="FILE", help="write the figures there as well")
     evaluate.set_defaults(run=_evaluate)
 
-    _add_cache(commands.add_parser("cache", help="list, check or clear the stored reference scores"))
+    add_cache(commands.add_parser("cache", help="list, check or clear the stored reference scores"))
 
     push = commands.add_parser("push", help="send a run folder, an adapter or a checkpoint to the Hub")
     push.add_argument("folder")
@@ -100,30 +118,11 @@ def _parser() -> argparse.ArgumentParser:
     push.add_argument("--dry_run", action="store_true", help="list what would be sent, and send nothing")
     push.set_defaults(run=_push)
 
-    for command in (train, explain, losses):
+    for command in (train, run, explain, losses):
         command.add_argument(
             "--plugin", action="append", default=[], metavar="FILE", help="a Python file with a loss of your own"
         )
     return parser
-
-
-def _add_cache(cache: argparse.ArgumentParser) -> None:
-    actions = cache.add_subparsers(title="actions", required=True, metavar="ACTION")
-    ls = actions.add_parser("ls", help="list the entries, the one used longest ago first")
-    ls.set_defaults(run=_cache_ls)
-    verify = actions.add_parser("verify", help="read and check every row; what is damaged goes")
-    verify.set_defaults(run=_cache_verify)
-    gc = actions.add_parser("gc", help="delete damaged files, and entries that are not used")
-    gc.add_argument(
-        "--max_gb", type=_amount, metavar="N", help="delete until the store has this size, oldest use first"
-    )
-    gc.add_argument("--older_than", type=_amount, metavar="DAYS", help="delete what was not used for so many days")
-    gc.add_argument("--dry_run", action="store_true", help="say what would go, and delete nothing")
-    gc.set_defaults(run=_cache_gc)
-    for action in (ls, verify, gc):
-        action.add_argument(
-            "--store", metavar="DIR", help="the store's folder (default: $PREFOPT_STORE, else in the user's cache)"
-        )
 
 
 def _train(options: argparse.Namespace, overrides: list[str]) -> None:
@@ -137,7 +136,23 @@ def _train(options: argparse.Namespace, overrides: list[str]) -> None:
     _load_plugins(options)
     recipe = load_recipe(options.recipe, overrides)
     say(starting_line(asked))
-    run_plan(make_plan(recipe))
+    run_plan(make_plan(recipe), options.stage)
+
+
+def _run(options: argparse.Namespace, rest: list[str]) -> int:
+    from prefopt.launch import is_launched, split_options
+    from prefopt.procedures import make_plan
+    from prefopt.procedures.parent import run_launched
+    from prefopt.recipe import load_recipe
+    from prefopt.recipe.read import known_names
+
+    if is_launched():
+        raise UserError("prefopt run starts `accelerate launch` itself. Give it the options: prefopt run RECIPE ...")
+    _load_plugins(options)
+    launcher, overrides = split_options(rest, known_names())
+    stages = make_plan(load_recipe(options.recipe, overrides))
+    plugins = [word for file in options.plugin for word in ("--plugin", file)]
+    return run_launched(stages, launcher, [options.recipe, *plugins, *overrides])
 
 
 def _explain(options: argparse.Namespace, overrides: list[str]) -> None:
@@ -188,42 +203,6 @@ def _evaluate(options: argparse.Namespace, rest: list[str]) -> None:
         write_whole(file, json.dumps(result, indent=2) + "\n")
 
 
-def _cache_ls(options: argparse.Namespace, rest: list[str]) -> None:
-    from prefopt.reference.store import Store
-    from prefopt.reference.upkeep import size, table
-
-    store = Store(options.store)
-    entries = store.entries()
-    print(f"{store.folder}: {len(entries):,} entries, {size(store.bytes())}")
-    if entries:
-        print("\n".join(table(entries)))
-    if leftovers := store.leftovers():
-        print(f"{len(leftovers):,} damaged or unfinished files were set aside; prefopt cache gc deletes them")
-
-
-def _cache_verify(options: argparse.Namespace, rest: list[str]) -> int:
-    from prefopt.reference.upkeep import verify
-
-    damage = verify(options.store)
-    print("\n".join(damage) if damage else "every row is as it was written")
-    return 1 if damage else 0
-
-
-def _cache_gc(options: argparse.Namespace, rest: list[str]) -> None:
-    from prefopt.reference.store import Store
-    from prefopt.reference.upkeep import gc, size
-
-    if options.max_gb is None and options.older_than is None:
-        print("without --max_gb or --older_than only damaged files go")
-    done = gc(Store(options.store), max_gb=options.max_gb, older_than=options.older_than, dry_run=options.dry_run)
-    for path, number in done.removed:
-        print(f"{'would delete' if options.dry_run else 'deleted'} {path} ({size(number)})")
-    for path in done.in_use:
-        print(f"left {path}: a process computes for it")
-    if not done.removed:
-        print("nothing to delete")
-
-
 def _push(options: argparse.Namespace, rest: list[str]) -> None:
     from prefopt.hub.command import push_folder
 
@@ -250,16 +229,6 @@ def _count(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"must be a whole number from 1 on, not {text}")
     return int(text)
-
-
-def _amount(text: str) -> float:
-    try:
-        number = float(text)
-    except ValueError:
-        number = -1.0
-    if not number >= 0:
-        raise argparse.ArgumentTypeError(f"must be a number from 0 on, not {text}")
-    return number
 
 
 def _load_plugins(options: argparse.Namespace) -> None:

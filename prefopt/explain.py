@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from peft import get_peft_model
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 from transformers.utils.import_utils import is_torch_bf16_gpu_available
 
 from prefopt.checks import IDLE
-from prefopt.data import Example, load_train_test
-from prefopt.data.columns import refuse_rows
-from prefopt.data.tokenization import TokenSettings, tokenize_examples
+from prefopt.counting import Rows, count_rows
 from prefopt.errors import UserError
 from prefopt.forecast import Sizes, reference_bytes, reference_plan
 from prefopt.losses.pages import needs_summary
@@ -28,33 +25,12 @@ from prefopt.recipe import ModelSection, Recipe
 from prefopt.recipe.checks import scratch_config
 from prefopt.recipe.write import to_yaml
 
-SAMPLE = 2000
-CHARACTERS_PER_TOKEN = 4
-WEIGHT = "weight"
-LENGTH_SETTINGS = ("max_length", "truncation_mode", "cut_answers", "min_prompt_tokens", "max_dropped")
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 # Numbers an optimizer keeps for each trained weight; those not named keep two, as Adam does.
 STATES = {"adamw": 2.0, "adam": 2.0, "sgd": 0.0, "adafactor": 0.05, "lion": 1.0, "rmsprop": 1.0, "adagrad": 1.0}
 # Bytes a transformer layer keeps per token and hidden unit at 16 bits without attention matrices, Korthikanti et al.
 # 2022 (arXiv 2205.05198), eq. 1.
 LAYER_BYTES = 34
-
-
-@dataclass(frozen=True)
-class Rows:
-    """Rows of a run and their mean length, the prompt counted with every answer; None where nobody could tell."""
-
-    note: str
-    train: int | None = None
-    test: int | None = None
-    tokens: float | None = None
-
-    @property
-    def kept(self) -> float | None:
-        """The most tokens that reference scores are kept of; None where it is not known."""
-        if self.train is None or self.tokens is None:
-            return None
-        return (self.train + (self.test or 0)) * self.tokens
 
 
 def explain(recipe: Recipe, *, world_size: int | None = None) -> str:
@@ -71,7 +47,7 @@ def explain(recipe: Recipe, *, world_size: int | None = None) -> str:
     sections = {
         f"Recipe {recipe.name}, with its defaults": to_yaml(settings).rstrip(),
         "Losses": "\n".join(f"{loss.name}: {needs_summary(loss.needs)}" for loss in recipe.objective().losses),
-        **_stages(recipe),
+        **_stages(recipe, devices),
         "Rows and steps": _steps(settings, rows, devices),
         "Reference": reference_plan(recipe, rows.kept, sizes),
         "Memory of one device, nothing sharded (estimate)": _memory(recipe, settings, rows, sizes),
@@ -79,41 +55,50 @@ def explain(recipe: Recipe, *, world_size: int | None = None) -> str:
     return "\n\n".join(f"{title}\n{'-' * len(title)}\n{text}" for title, text in sections.items()) + "\n"
 
 
-def _stages(recipe: Recipe) -> dict[str, str]:
-    """The stages of a run that has several; what follows them on the page is about the last that trains."""
+def _stages(recipe: Recipe, devices: int) -> dict[str, str]:
+    """The stages of a run that has several; what follows them on the page is about the recipe as a whole."""
     plan = make_plan(recipe)
-    lines = [f"{number}. {stage.name}{_training(stage)}: {stage.folder}" for number, stage in enumerate(plan, start=1)]
-    return {"Stages": "\n".join(lines)} if len(lines) > 1 else {}
+    if len(plan) == 1:
+        return {}
+    lines = []
+    for number, stage in enumerate(plan, start=1):
+        about = _training(stage, devices) if isinstance(stage, TrainStage) else {"makes": stage.summary}
+        lines.append(f"{number}. {stage.name}{_kind(stage)}: {stage.folder}")
+        lines += [f"   {name}: {text}" for name, text in about.items() if text]
+    return {"Stages": "\n".join(lines)}
 
 
-def _training(stage: Stage) -> str:
+def _kind(stage: Stage) -> str:
     if not isinstance(stage, TrainStage):
         return ""
     epochs = stage.recipe.resolved()["num_train_epochs"]
     return f" ({' + '.join(loss.name for loss in stage.recipe.loss)}, epochs: {epochs:g})"
 
 
-def count_rows(recipe: Recipe) -> Rows:
-    """Count and measure the rows of local files. What is wrong with them becomes a note: explaining never fails."""
-    data = recipe.data
-    if not data.local_files() and (data.dataset_name or not data.data_files):
-        return Rows("Rows are not counted: the data is not on this machine.")
-    objective = recipe.objective()
-    settings = recipe.resolved()
-    try:
-        train, test = load_train_test(
-            recipe.data_spec(),
-            on_bad_row=settings["on_bad_row"],
-            max_bad_rows=settings.get("max_bad_rows"),
-            paired=objective.paired_required or None,
-            required_columns=objective.columns,
-            optional_columns=(*objective.optional_columns, WEIGHT),
-        )
-        refuse_rows(train.examples, (*objective.columns, *objective.optional_columns), objective.row_problem)
-    except UserError as error:
-        return Rows(f"The data is refused: {error}")
-    tokens, note = _length(recipe, settings, train.examples)
-    return Rows(note, len(train.examples), None if test is None else len(test.examples), tokens)
+def _training(stage: TrainStage, devices: int) -> dict[str, str]:
+    """Model, data, settings and cost of a stage; what an earlier one makes is not known before it has run."""
+    recipe, settings = stage.recipe, stage.recipe.resolved()
+    files = recipe.data.data_files
+    named = files.get("train") if isinstance(files, dict) else files
+    listed = recipe.data.dataset_name or named or [entry.path or entry.data_files for entry in recipe.data.datasets]
+    return {
+        "model": recipe.model.model_name_or_path or "from scratch",
+        "data": listed if isinstance(listed, str) else ", ".join(map(str, listed)),
+        "settings": ", ".join([*map(repr, recipe.objective().losses), f"learning_rate {settings['learning_rate']:g}"]),
+        "cost": _cost(recipe, settings, devices),
+    }
+
+
+def _cost(recipe: Recipe, settings: dict[str, Any], devices: int) -> str:
+    if recipe.data.data_files and not recipe.data.local_files():
+        return "known when the stages before it have made the data"
+    rows = count_rows(recipe)
+    if rows.train is None:
+        return rows.note
+    effective = settings["per_device_train_batch_size"] * settings["gradient_accumulation_steps"] * devices
+    steps, *_ = _step_count(settings, rows.train, effective).split("\n")
+    tokens = f", {rows.tokens * effective:,.0f} tokens a step" if rows.tokens is not None else ""
+    return f"{rows.train} rows, steps: {steps}{tokens}"
 
 
 def measure_model(section: ModelSection) -> Sizes:
@@ -185,48 +170,6 @@ def _activations(sizes: Sizes, settings: Mapping[str, Any], tokens: float) -> fl
     if settings["activation_checkpointing"]:
         return layer + sizes.layers * tokens * sizes.hidden * bytes_each
     return layer * sizes.layers
-
-
-def _length(recipe: Recipe, settings: dict[str, Any], examples: Sequence[Example]) -> tuple[float, str]:
-    """Mean tokens of a row: with the tokenizer where it is on this machine, else estimated from characters."""
-    sample, every_answer = examples[:SAMPLE], recipe.objective().all_completions
-    estimate = sum(_characters(example, every_answer) for example in sample) / len(sample) / CHARACTERS_PER_TOKEN
-    tokenizer = _local_tokenizer(recipe)
-    if tokenizer is None:
-        return estimate, f"Lengths are estimates, {CHARACTERS_PER_TOKEN} characters to a token: no tokenizer is here."
-    try:
-        lengths = TokenSettings(**{name: settings[name] for name in LENGTH_SETTINGS})
-        columns = (*recipe.objective().columns, *recipe.objective().optional_columns)
-        report = tokenize_examples(sample, tokenizer, lengths, optional_columns=columns).report
-    except UserError as error:
-        return estimate, f"The rows are refused: {error}"
-    counts = report.tokens
-    tokens = counts["plain"] if every_answer or "chosen" not in counts else counts["prompt"] + counts["chosen"]
-    return tokens / report.kept, f"Tokenised: {report.kept} of the first {len(sample)} rows kept."
-
-
-def _local_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase | None:
-    name = recipe.model.tokenizer_name_or_path or recipe.model.model_name_or_path
-    if name is None:
-        return None
-    try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-            name, local_files_only=True, trust_remote_code=recipe.model.trust_remote_code
-        )
-    except (OSError, ValueError):
-        return None
-    return tokenizer
-
-
-def _characters(example: Example, every_answer: bool) -> int:
-    answers = [example.chosen, example.rejected if every_answer else None, example.completion]
-    return sum(_text_length(example.prompt) + _text_length(answer) for answer in answers if answer is not None)
-
-
-def _text_length(part: Any) -> int:
-    if isinstance(part, str):
-        return len(part)
-    return sum(len(str(message.get("content") or "")) for message in part)
 
 
 def _steps(settings: dict[str, Any], rows: Rows, devices: int) -> str:

@@ -7,7 +7,7 @@ On a CPU accelerate starts one process for `--cpu --num_processes 2` and for `di
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -69,6 +69,36 @@ def parse_launch(command: Sequence[str]) -> Launch:
         kind = "FSDP" if arguments.use_fsdp else "DEEPSPEED"
     processes = arguments.num_processes or settings.get("num_processes")
     return Launch(processes, kind, bool(arguments.cpu or settings.get("use_cpu")))
+
+
+def is_launched() -> bool:
+    """Whether a launcher started this process."""
+    try:
+        command = psutil.Process(os.getppid()).cmdline()
+    except psutil.Error:
+        command = []
+    return "LOCAL_RANK" in os.environ or _launch_arguments(command) is not None
+
+
+def split_options(options: Sequence[str], ours: Collection[str]) -> tuple[list[str], list[str]]:
+    """Options of one command line as those of `accelerate launch` and the rest; names in `ours` are never its own."""
+    known = {
+        name: action.nargs != 0
+        for action in launch_command_parser()._actions
+        for name in action.option_strings
+        if name.lstrip("-").replace("-", "_") not in ours
+    }
+    launcher: list[str] = []
+    rest: list[str] = []
+    waiting = list(options)
+    while waiting:
+        option = waiting.pop(0)
+        name, equals, _ = option.partition("=")
+        side = launcher if name in known else rest
+        side.append(option)
+        if known.get(name) and not equals and waiting:
+            side.append(waiting.pop(0))
+    return launcher, rest
 
 
 def starting_line(asked: Launch) -> str:

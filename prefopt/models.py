@@ -22,6 +22,14 @@ from prefopt.recipe.sections import ModelSection
 from prefopt.scoring.model import causal_lm, enable_scoring, refuse_unsupported
 
 CHECK_NAME = "Check the name and the folder you are in; without a network, name a local folder."
+# Settings of a recipe's adapter that must be those of an adapter it goes on with, and PEFT's names of them.
+_ADAPTER_SETTINGS = {
+    "lora_r": "r",
+    "lora_alpha": "lora_alpha",
+    "lora_dropout": "lora_dropout",
+    "use_rslora": "use_rslora",
+    "use_dora": "use_dora",
+}
 DTYPES = {"auto": "auto", "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -106,12 +114,37 @@ def _load_adapter(name: str, dtype: str, options: dict[str, Any]) -> PeftModel:
     return PeftModel.from_pretrained(base, name, is_trainable=True, revision=options.get("revision"))
 
 
+def holds_adapter(section: ModelSection) -> bool:
+    """Whether the model a recipe starts from is an adapter, which is opened over the base it names."""
+    name = section.model_name_or_path
+    return name is not None and find_adapter_config_file(name, revision=section.model_revision) is not None
+
+
+def new_adapter(section: ModelSection, model: nn.Module) -> LoraConfig | None:
+    """The adapter to put on a loaded model, or None; one that the model came with goes on being trained.
+
+    Raises `UserError` when that one is not the adapter the recipe describes.
+    """
+    config = adapter_config(section)
+    if config is None or not isinstance(model, PeftModel):
+        return config
+    own: Any = model.peft_config[model.active_adapter]
+    for setting, name in _ADAPTER_SETTINGS.items():
+        if getattr(own, name, None) != getattr(config, name):
+            raise UserError(
+                f"{setting}: {getattr(config, name)}, but the adapter in `{section.model_name_or_path}`, which goes on "
+                f"being trained, has {getattr(own, name, None)}. Write that, or merge the adapter into its base first"
+            )
+    return None
+
+
 def adapter_config(section: ModelSection) -> LoraConfig | None:
     """The LoRA adapter a recipe asks for, or None."""
     if not section.use_peft:
         return None
     return LoraConfig(
         task_type="CAUSAL_LM",
+        revision=section.model_revision,  # of the base, where the adapter is opened again
         r=section.lora_r,
         lora_alpha=section.lora_alpha,
         lora_dropout=section.lora_dropout,

@@ -150,8 +150,17 @@ def identify_reference(trainer: PreferenceTrainer, reference: Reference) -> Iden
     adapter: Any = None
     if isinstance(reference, AdapterOff):
         adapter = ADAPTER_OFF if reference.adapter is None else reference.adapter
-    precision = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(trainer.accelerator.mixed_precision)
-    return identify(model, adapter=adapter, compute_dtype=precision)
+    return identify(model, adapter=adapter, compute_dtype=_compute_dtype(trainer))
+
+
+def identify_policy(trainer: PreferenceTrainer, *, fresh_adapter: bool) -> Identity:
+    """What function the policy is as it stands; `fresh_adapter`: without the adapter, which adds nothing yet."""
+    adapter = ADAPTER_OFF if fresh_adapter else None
+    return identify(trainer.model, adapter=adapter, compute_dtype=_compute_dtype(trainer))
+
+
+def _compute_dtype(trainer: PreferenceTrainer) -> torch.dtype | None:
+    return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(trainer.accelerator.mixed_precision)
 
 
 def _cached(

@@ -16,7 +16,17 @@ from accelerate.utils import DistributedType
 
 from prefopt import launch
 from prefopt.errors import UserError
-from prefopt.launch import Launch, asked_for, parse_launch, prepare_environment, refuse_parallelism, starting_line
+from prefopt.launch import (
+    Launch,
+    asked_for,
+    is_launched,
+    parse_launch,
+    prepare_environment,
+    refuse_parallelism,
+    split_options,
+    starting_line,
+)
+from prefopt.recipe.read import known_names
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = ROOT / "configs" / "accelerate"
@@ -238,3 +248,28 @@ def test_a_real_launch(options, processes, tmp_path):
     else:
         assert found.returncode == 0, found.stderr
         assert found.stdout.count(f"launch: {processes} processes, MULTI_CPU, cpu") == processes
+
+
+# ---- one command line for launcher and run --------------------------------------------------------------------------
+
+
+def test_options_of_the_launcher_are_told_from_those_of_the_run():
+    options = ["--num_processes", "2", "--loss.beta", "0.3", "--cpu", "--mixed-precision=bf16", "--learning_rate=1e-5"]
+    assert split_options(options, known_names()) == (
+        ["--num_processes", "2", "--cpu", "--mixed-precision=bf16"],
+        ["--loss.beta", "0.3", "--learning_rate=1e-5"],
+    )
+
+
+def test_a_name_that_both_know_is_the_run_s():
+    options = ["--gradient_accumulation_steps", "4", "--debug", "underflow_overflow"]
+    assert split_options(options, known_names()) == ([], options)
+
+
+def test_who_was_launched(monkeypatch):
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    for command, expected in (([*ACCELERATE, *SCRIPT], True), (["bash"], False)):
+        monkeypatch.setattr(psutil, "Process", lambda pid, command=command: SimpleNamespace(cmdline=lambda: command))
+        assert is_launched() == expected
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert is_launched()

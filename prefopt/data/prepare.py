@@ -83,8 +83,8 @@ class Preparation:
         if spec.targets is not None and TARGET not in (*self.columns, *self.optional_columns):
             raise RecipeError("targets: no loss of this run reads a target. Remove them, or use one that does: slic")
         train, test = load_train_test(spec, **self._rules())
-        rows = self._tokens(train.examples, train.report, "train")
-        held_out = None if test is None else self._tokens(test.examples, test.report, "test")
+        rows = self.tokens(train.examples, train.report, "train")
+        held_out = None if test is None else self.tokens(test.examples, test.report, "test")
         if spec.targets is None:
             return rows, held_out
         targets = self._targets(spec.targets)
@@ -101,14 +101,14 @@ class Preparation:
             self, columns=(), optional_columns=(), paired=None, unlabelled=True, row_problem=lambda columns: ""
         )
         loaded = load_examples(spec, **alone._rules())
-        return alone._tokens(loaded.examples, loaded.report, "targets")
+        return alone.tokens(loaded.examples, loaded.report, "targets")
 
     def one(self, rows: Any, title: str) -> TokenDataset:
         """A data set, list of rows or `TokenDataset` as a `TokenDataset`."""
         if isinstance(rows, TokenDataset):
             return self._matched(rows, title)
         loaded = load_examples(DataSpec(rows=rows, rows_name=title), **self._rules())
-        return self._tokens(loaded.examples, loaded.report, title)
+        return self.tokens(loaded.examples, loaded.report, title)
 
     def train(self, rows: Any) -> TokenDataset | None:
         """Training rows as `one`; of a dict of splits its `train`."""
@@ -137,18 +137,8 @@ class Preparation:
             pad_to_multiple_of=self.args.pad_to_multiple_of or 1,
         )
 
-    def _rules(self) -> dict[str, Any]:
-        return {
-            "on_bad_row": self.args.on_bad_row,
-            "max_bad_rows": self.args.max_bad_rows,
-            "paired": self.paired,
-            "unlabelled": self.unlabelled,
-            "required_columns": self.columns,
-            "optional_columns": (*self.optional_columns, WEIGHT),
-            "special_tokens": self.tokenizer.all_special_tokens,
-        }
-
-    def _tokens(self, examples: Sequence[Example], report: DataReport, title: str) -> TokenDataset:
+    def tokens(self, examples: Sequence[Example], report: DataReport, title: str) -> TokenDataset:
+        """Examples as token rows; `report` is of how they were loaded."""
         args = self.args
         settings = TokenSettings(
             max_length=args.max_length,
@@ -175,6 +165,17 @@ class Preparation:
         _number(tokens.rows)
         data = TokenDataset(tokens.rows, {"data": report.as_dict(), "tokens": tokens.report.as_dict()})
         return self._matched(data, title)
+
+    def _rules(self) -> dict[str, Any]:
+        return {
+            "on_bad_row": self.args.on_bad_row,
+            "max_bad_rows": self.args.max_bad_rows,
+            "paired": self.paired,
+            "unlabelled": self.unlabelled,
+            "required_columns": self.columns,
+            "optional_columns": (*self.optional_columns, WEIGHT),
+            "special_tokens": self.tokenizer.all_special_tokens,
+        }
 
     @property
     def _seed(self) -> int:

@@ -35,27 +35,37 @@ def inputs_of(stage: Stage) -> dict[str, Any]:
     nearly everywhere.
     """
     if isinstance(stage, MakeStage):
-        return as_facts(stage.settings)
+        return as_facts({**stage.settings, **stage.inputs()})
     recipe = stage.recipe
     resolved = recipe.resolved()
     settings = {name: value for name, value in resolved.items() if name not in FREE}
     reference = {name: value for name, value in resolved.get("reference", {}).items() if name not in _FREE_OF_REFERENCE}
+    # By loss and not by path: the same file in another folder is the same formula.
+    plugins = {name: sha256_of(file) for name, file in plugin_files(recipe).items()}
+    own = {**loss_facts(recipe.objective()), "plugin": plugins, "reference": reference}
+    return as_facts({**settings, **own, **contents_of(recipe)})
+
+
+def contents_of(recipe: Recipe) -> dict[str, dict[str, str]]:
+    """Hashes of the local files that a recipe reads: of its data, whole, and of its models, by samples."""
     template = recipe.model.chat_template_path
     data = [*recipe.data.local_files(), *([Path(template)] if template else [])]
-    hashes = {
-        "data": {str(file): _sha256(file) for file in data},
-        # By loss and not by path: the same file in another folder is the same formula.
-        "plugin": {name: _sha256(file) for name, file in plugin_files(recipe).items()},
-    }
     models = (recipe.model.model_name_or_path, recipe.reference.model)
-    folders = {name: sampled(Path(name)) for name in models if name and Path(name).is_dir()}
-    return as_facts({**settings, **loss_facts(recipe.objective()), **hashes, "reference": reference, "model": folders})
+    return {
+        "data": {str(file): sha256_of(file) for file in data},
+        "model": {name: sampled(Path(name)) for name in models if name and Path(name).is_dir()},
+    }
+
+
+def model_files(folder: Path) -> list[Path]:
+    """The files that a model, an adapter or a tokenizer is loaded from."""
+    return sorted({path for pattern in _MODEL for path in folder.glob(pattern) if path.is_file()})
 
 
 def sampled(folder: Path) -> str:
     """A hash of the files that a model is loaded from: small ones whole, of large ones the length and samples."""
     digest = hashlib.sha256()
-    for path in sorted({path for pattern in _MODEL for path in folder.glob(pattern) if path.is_file()}):
+    for path in model_files(folder):
         size = path.stat().st_size
         digest.update(f"{path.name} {size} ".encode())
         with open(path, "rb") as file:
@@ -92,6 +102,7 @@ def keep_plugins(recipe: Recipe) -> None:
         copy.write_bytes(file.read_bytes())
 
 
-def _sha256(path: Path) -> str:
+def sha256_of(path: Path) -> str:
+    """SHA-256 (hex) of a file."""
     with open(path, "rb") as file:
         return sha_fileobj(file).hex()

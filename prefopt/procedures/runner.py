@@ -6,7 +6,7 @@ A stage's folder holds `stage.json`: everything the stage depends on, by name, a
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -19,10 +19,11 @@ from prefopt.drift import Difference, check_names, differences, digest, refuse_d
 from prefopt.errors import UserError
 from prefopt.hub.pushes import wait_for_pushes
 from prefopt.procedures.inputs import inputs_of
-from prefopt.procedures.stage import MakeStage, Stage
+from prefopt.procedures.lineage import Lineage, lineage_of
+from prefopt.procedures.stage import MakeStage, Stage, TrainStage, find_stage
 from prefopt.ranks import on_main
 from prefopt.report.results import write_whole
-from prefopt.resuming import holds_weights, refuse_early
+from prefopt.resuming import AUTO, holds_weights, refuse_early
 from prefopt.saving import full_disk_said
 
 MARK = "stage.json"
@@ -44,38 +45,78 @@ class _Mark:
         return digest({**self.facts, "before": self.before})
 
 
-def run_plan(stages: Sequence[Stage]) -> Any:
+def run_plan(stages: Sequence[Stage], only: str | None = None) -> Any:
     """Run what is missing of a plan and return what its last stage returned (None if that was done before).
 
-    Raises `UserError` when a folder holds a stage made with other settings, unless `allow_change` names them.
+    `only`: number or name of the one stage to run. Raises `UserError` when a folder holds a stage made with other
+    settings, unless `allow_change` names them, and for a stage alone when one before it is not done.
     """
+    chosen = None if only is None else find_stage(stages, only)
     result, before = None, ""
     for number, stage in enumerate(stages, start=1):
-        title = f"[{number}/{len(stages)}] {stage.name}" if len(stages) > 1 else stage.name
-        mark, changes = _enter(stage, before)
+        named = title(stages, number)
+        passed_by = chosen is not None and stage is not chosen
+        mark, changes = _enter(stage, before, goes_on=not passed_by)
         before = mark.inputs
-        if mark.status == "done":
-            say(f"{title}: done before, in {stage.folder}")
+        if passed_by:
+            _require_done(stage, mark, number, chosen)
             continue
-        say(f"{title}: {stage.folder}", *(f"{title}: changed: {change.text(_PLACE)}" for change in changes))
-        _write_mark(stage, mark)
-        with full_disk_said(stage.folder):
-            result = _run(stage)
-        _write_mark(stage, _Mark(mark.facts, mark.before, "done"))
+        if mark.status == "done":
+            say(f"{named}: done before, in {stage.folder}")
+        else:
+            say(f"{named}: {stage.folder}", *(f"{named}: changed: {change.text(_PLACE)}" for change in changes))
+            _write_mark(stage, mark)
+            with full_disk_said(stage.folder):
+                result = _run(stage, lineage_of(stage, stages))
+            _write_mark(stage, _Mark(mark.facts, mark.before, "done"))
+        if chosen is not None:
+            break
     wait_for_pushes()
     return result
 
 
-def _enter(stage: Stage, before: str) -> tuple[_Mark, list[Difference]]:
-    """As `_look`, on every rank, with what the stage's recipe says of going on."""
+def progress(stages: Sequence[Stage]) -> Iterator[tuple[Stage, bool]]:
+    """Each stage of a plan and whether it is done, looked at when it is asked for; by one process, and no device.
+
+    Raises `UserError` as `run_plan` does.
+    """
+    before = ""
+    for stage in stages:
+        mark, _ = _look(stage, before, _allowed(stage))
+        before = mark.inputs
+        yield stage, mark.status == "done"
+
+
+def title(stages: Sequence[Stage], number: int) -> str:
+    """What a stage is called in the log: its name and, where there are several, its place."""
+    name = stages[number - 1].name
+    return f"[{number}/{len(stages)}] {name}" if len(stages) > 1 else name
+
+
+def _require_done(stage: Stage, mark: _Mark, number: int, chosen: Stage | None) -> None:
+    if mark.status != "done":
+        assert chosen is not None
+        raise UserError(
+            f"--stage: `{chosen.name}` goes on from `{stage.name}`, stage {number}, which is not done: {stage.folder}. "
+            f"Run --stage {number} first, or leave --stage out to run what is missing"
+        )
+
+
+def _enter(stage: Stage, before: str, *, goes_on: bool) -> tuple[_Mark, list[Difference]]:
+    """As `_look`, on every rank; `goes_on`: with what the stage's recipe says of going on."""
+    if goes_on and isinstance(stage, TrainStage):
+        refuse_early(stage.recipe.training.get("resume", AUTO), str(stage.folder))
+    return on_main(lambda: _look(stage, before, _allowed(stage)))
+
+
+def _allowed(stage: Stage) -> Iterable[str] | None:
     if isinstance(stage, MakeStage):
-        return on_main(lambda: _look(stage, before))
-    args = stage.recipe.training_arguments()
-    refuse_early(args.resume, str(stage.folder))
-    return on_main(lambda: _look(stage, before, args.allow_change or []))
+        return None
+    named = stage.recipe.training.get("allow_change") or []
+    return [named] if isinstance(named, str) else named
 
 
-def _look(stage: Stage, before: str, allowed: Iterable[str] | None = None) -> tuple[_Mark, list[Difference]]:
+def _look(stage: Stage, before: str, allowed: Iterable[str] | None) -> tuple[_Mark, list[Difference]]:
     """What a stage is made from, with `done` where it is; and the changes that are allowed. On the main process.
 
     `allowed` is None for a stage that is made anew or not at all.
@@ -118,13 +159,13 @@ def _refuse_late(stage: Stage, found: Sequence[Difference]) -> None:
         )
 
 
-def _run(stage: Stage) -> Any:
+def _run(stage: Stage, lineage: Lineage | None) -> Any:
     if isinstance(stage, MakeStage):
-        result = [stage.make() if PartialState().is_main_process else None]
+        result = [stage.make() if stage.on_every_rank or PartialState().is_main_process else None]
         return broadcast_object_list(result)[0]
     from prefopt.procedures.train import train
 
-    return train(stage.recipe)
+    return train(stage.recipe, lineage)
 
 
 def _read_mark(stage: Stage) -> _Mark | None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from prefopt.errors import RecipeError, nearest
+from prefopt.errors import RecipeError, UserError, nearest
 
 if TYPE_CHECKING:
     from prefopt.recipe import Recipe
@@ -28,15 +28,20 @@ class TrainStage:
 
 @dataclass(frozen=True)
 class MakeStage:
-    """A step that makes files rather than trains: `make()` writes into `folder` on the main process alone.
+    """A step that makes files rather than trains: `make()` writes into `folder`.
 
-    `settings` is what the result depends on beside the stages before it.
+    It runs on the main process alone, or on all of them where `on_every_rank` is set. `settings` is what the result
+    depends on beside the stages before it; `inputs()` is what of that is known only when the stage begins, such as
+    hashes of the files it reads. `summary` says in a line what it makes and what that costs.
     """
 
     name: str
     folder: Path
     make: Callable[[], Any]
     settings: dict[str, Any]
+    on_every_rank: bool = False
+    inputs: Callable[[], dict[str, Any]] = dict
+    summary: str = ""
 
 
 Stage = TrainStage | MakeStage
@@ -69,6 +74,18 @@ def make_plan(recipe: Recipe) -> Sequence[Stage]:
         known = ", ".join(procedures())
         raise RecipeError(f"procedure.name: `{name}` is not a procedure.{nearest(name, _PLANS)} Known: {known}.")
     return _PLANS[name](recipe)
+
+
+def find_stage(stages: Sequence[Stage], wanted: str) -> Stage:
+    """The stage of a plan with this number, counted from 1, or this name. Raises `UserError` when there is none."""
+    if wanted.isdecimal() and 1 <= int(wanted) <= len(stages):
+        return stages[int(wanted) - 1]
+    for stage in stages:
+        if stage.name == wanted:
+            return stage
+    known = ", ".join(f"{number} {stage.name}" for number, stage in enumerate(stages, start=1))
+    hint = nearest(wanted, [stage.name for stage in stages])
+    raise UserError(f"--stage: the plan has no stage `{wanted}`.{hint} It has: {known}.")
 
 
 def refuse_unknown(recipe: Recipe, *known: str) -> None:

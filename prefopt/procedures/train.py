@@ -21,9 +21,10 @@ from prefopt.data.dataset import TokenDataset
 from prefopt.errors import UserError
 from prefopt.losses import Objective
 from prefopt.losses.trial import try_losses
-from prefopt.models import adapter_config, load_model, load_tokenizer, quantization_config
+from prefopt.models import load_model, load_tokenizer, new_adapter, quantization_config
 from prefopt.procedures.inputs import keep_plugins
-from prefopt.recipe import Recipe, ReferenceSection
+from prefopt.procedures.lineage import Lineage
+from prefopt.recipe import ModelSection, Recipe, ReferenceSection
 from prefopt.report.card import write_card
 from prefopt.report.plots import save_plots
 from prefopt.report.progress import LastStep, show_progress
@@ -52,15 +53,18 @@ class Phases:
             self.seconds[name] = round(self.seconds.get(name, 0.0) + time.monotonic() - start, 2)
 
 
-def train(recipe: Recipe) -> dict[str, Any]:
+def train(recipe: Recipe, lineage: Lineage | None = None) -> dict[str, Any]:
     """Train as a recipe says and leave model, recipe, figures, plots and card in its run folder; returns the results.
 
-    Goes on from a checkpoint as `resume` says. Raises `UserError` for what a user can mend, data before weights.
+    Goes on from a checkpoint as `resume` says. `lineage` proves where the model comes from. Raises `UserError`
+    for what a user can mend, data before weights.
     """
     phases = Phases()
     objective = recipe.objective()
     try_losses(objective.losses)
     args = recipe.training_arguments()
+    if lineage is not None:
+        lineage.check_files()
     with phases.phase("data"):
         tokenizer = open_tokenizer(recipe)
         data, test = preparation(tokenizer, args, objective).train_and_test(recipe.data_spec())
@@ -69,6 +73,8 @@ def train(recipe: Recipe) -> dict[str, Any]:
     with phases.phase("model"):
         trainer = build_trainer(recipe, objective, tokenizer, data, test)
         trainer.recipe = recipe.resolved()
+        if lineage is not None:
+            lineage.begin(trainer)
     if PartialState().is_main_process:
         recipe.dump(Path(recipe.output_dir) / "recipe.yaml")
         keep_plugins(recipe)
@@ -79,6 +85,8 @@ def train(recipe: Recipe) -> dict[str, Any]:
         evaluation = (_fresh_evaluation(trainer) or trainer.evaluate()) if test is not None else {}
     with phases.phase("save"):
         trainer.save_model(recipe.output_dir, _internal_call=True)  # the push comes when the report is written
+        if lineage is not None:
+            lineage.finish(trainer)
     results = {
         "train": {**_last_logged(trainer), **outcome.metrics},
         "eval": evaluation,
@@ -107,25 +115,13 @@ def build_trainer(
 ) -> PreferenceTrainer:
     """The trainer of a recipe: model, adapter and reference opened, nothing trained yet."""
     section, reference = recipe.model, recipe.reference
-    options = {
-        "trust_remote_code": section.trust_remote_code,
-        "attn_implementation": section.attn_implementation,
-        "quantization_config": quantization_config(section),
-    }
     args = recipe.training_arguments()
-    if section.from_scratch is not None:
-        model = build_model(
-            section.from_scratch, tokenizer, args.seed, attn_implementation=section.attn_implementation
-        ).to(getattr(torch, "float32" if section.dtype == "auto" else section.dtype))
-    else:
-        model = load_model(
-            str(section.model_name_or_path), dtype=section.dtype, revision=section.model_revision, **options
-        )
+    model = open_policy(recipe, tokenizer)
     _check_positions(model, data)
     explicit = None
     if reference.model is not None:
         _check_reference_tokens(reference, tokenizer)
-        explicit = load_model(reference.model, dtype=section.dtype, revision=reference.revision, **options)
+        explicit = load_model(reference.model, dtype=section.dtype, revision=reference.revision, **_options(section))
     trainer = PreferenceTrainer(
         model,
         explicit,
@@ -135,10 +131,29 @@ def build_trainer(
         eval_dataset=test,
         processing_class=tokenizer,
         callbacks=[MetricsFile(), LastStep()],
-        peft_config=adapter_config(section),
+        peft_config=new_adapter(section, model),
     )
     show_progress(trainer)
     return trainer
+
+
+def open_policy(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Any:
+    """The model that a recipe starts from, made or loaded; with its adapter where the recipe names one."""
+    section = recipe.model
+    if section.from_scratch is not None:
+        seed, attention = recipe.training_arguments().seed, section.attn_implementation
+        model = build_model(section.from_scratch, tokenizer, seed, attn_implementation=attention)
+        return model.to(getattr(torch, "float32" if section.dtype == "auto" else section.dtype))
+    name = str(section.model_name_or_path)
+    return load_model(name, dtype=section.dtype, revision=section.model_revision, **_options(section))
+
+
+def _options(section: ModelSection) -> dict[str, Any]:
+    return {
+        "trust_remote_code": section.trust_remote_code,
+        "attn_implementation": section.attn_implementation,
+        "quantization_config": quantization_config(section),
+    }
 
 
 def open_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:

@@ -36,16 +36,17 @@ def write_card(
     base_model: str | None = None,
     loss_docs: Mapping[str, str] | None = None,
     license: str | None = None,
+    note: str = "",
 ) -> Path:
     """Write `README.md` into a finished run's folder, from its `results.json` and its plots.
 
     `loss_docs` maps the name of each loss to its docstring, whose title and arXiv numbers are quoted.
     """
     folder = Path(folder)
-    results_file = folder / RESULTS_FILE
+    results = folder / RESULTS_FILE
     text = model_card(
         recipe,
-        json.loads(results_file.read_text(encoding="utf-8")) if results_file.exists() else {},
+        json.loads(results.read_text(encoding="utf-8")) if results.exists() else {},
         sorted((folder / FOLDER).glob("*.png")),
         base_model,
         title=str(recipe.get("hub_model_id") or folder.resolve().name),
@@ -55,10 +56,10 @@ def write_card(
         chat=(folder / "chat_template.jinja").exists(),
         recipe_file=(folder / "recipe.yaml").exists(),
         plugins=sorted(path.name for path in (folder / PLUGINS).glob("*.py")),
+        note=note,
     )
-    path = folder / CARD_FILE
-    write_whole(path, text)
-    return path
+    write_whole(folder / CARD_FILE, text)
+    return folder / CARD_FILE
 
 
 def model_card(
@@ -217,8 +218,7 @@ def _curves_section(plots: Sequence[Path]) -> str:
     shown = [OVERVIEW] if OVERVIEW in names else names
     images = [f"![{Path(name).stem}]({FOLDER}/{name})" for name in shown]
     links = [f"[{Path(name).stem}]({FOLDER}/{name})" for name in names if name not in shown]
-    single = [f"One by one: {', '.join(links)}."] if links else []
-    return "\n\n".join(["## Curves", *images, *single])
+    return "\n\n".join(["## Curves", *images, *([f"One by one: {', '.join(links)}."] if links else [])])
 
 
 def _data_section(data: Mapping[str, Any], fingerprints: Mapping[str, str]) -> str:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -106,6 +106,26 @@ def save_plots(folder: str | Path, metrics: Events) -> list[Path]:
         _draw(grid[0], panel, metrics)
         files.append(_save(figure, target / f"{panel.name}.png"))
     return files
+
+
+def save_levels(
+    folder: str | Path, name: str, axis: str, places: Sequence[int], curves: Mapping[str, Sequence[float | None]]
+) -> Path | None:
+    """Draw a picture of a few curves, each in a panel of its title, into `folder/plots/<name>.png`.
+
+    `axis` says what `places` number. Nothing is drawn, and None returned, when matplotlib is not installed.
+    """
+    if importlib.util.find_spec("matplotlib") is None:
+        return None
+    target = Path(folder) / FOLDER
+    target.mkdir(parents=True, exist_ok=True)
+    figure, grid = _figure(1, len(curves), (4.6 * len(curves), 3.1))
+    for axes, (title, values) in zip(grid, curves.items(), strict=True):
+        axes.set_title(title, fontsize=10, loc="left")
+        axes.set_xlabel(axis, fontsize=9)
+        _style(axes)
+        axes.plot(places, [math.nan if value is None else value for value in values], "o-", color=BLUE)
+    return _save(figure, target / f"{name}.png")
 
 
 def _panels_with_figures(metrics: Events) -> list[Panel]:

@@ -150,5 +150,17 @@ def test_the_stages_of_a_run_are_listed(load):
     text = explain(load("--procedure.start.num_train_epochs", "2", "--output_dir", "runs/x"))
     assert line(text, "1. ") == "1. start (sft, epochs: 2): runs/x/start"
     assert line(text, "2. ") == "2. train (dpo, epochs: 3): runs/x"
+    assert text.count("cost: 50 rows, steps: 7 an epoch, 14 in all") == 1
+    assert "settings: DPO(beta=0.1), learning_rate 1e-06" in text
     with pytest.raises(RecipeError, match=r"procedure\.strat: not read"):
         explain(load("--procedure.strat", "2"))
+
+
+def test_what_an_earlier_stage_makes_is_not_known_before(load, tmp_path):
+    options = ("--procedure", "{name: stepwise, chunks: 2}", "--output_dir", str(tmp_path))
+    text = explain(load(*options))
+    assert line(text, "   makes: ") == (
+        "   makes: 2 equal chunks, easy to hard, found by one forward pass of the start model over all rows"
+    )
+    assert text.count("cost: known when the stages before it have made the data") == 2
+    assert f"model: {tmp_path}/step-1" in text and f"data: {tmp_path}/chunks/chunk-2.jsonl" in text
