@@ -19,8 +19,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         return 2
-    print(report)
-    print()
+    print("\n" + "\n\n".join([report.title, *report.notes]) + "\n")
     for path in report.save(asked.output):
         print(f"written: {path}")
     return 0
@@ -46,6 +45,8 @@ def _parser() -> argparse.ArgumentParser:
     dpo.set_defaults(run=_dpo)
 
     tdpo = commands.add_parser("tdpo", parents=[common], help="losses over the whole vocabulary beside DPO")
+    parts = ["head", "memory", "step"]
+    tdpo.add_argument("--parts", nargs="+", default=parts, choices=parts)
     tdpo.set_defaults(run=_tdpo)
 
     losses = commands.add_parser("losses", parents=[common], help="a step of every loss beside DPO's")
@@ -89,7 +90,7 @@ def _dpo(asked: argparse.Namespace) -> Any:
 def _tdpo(asked: argparse.Namespace) -> Any:
     from prefopt.benchmark import tdpo
 
-    return tdpo.run(_options(asked))
+    return tdpo.run(_options(asked), tuple(asked.parts))
 
 
 def _losses(asked: argparse.Namespace) -> Any:

@@ -47,11 +47,11 @@ def run(options: Options, names: tuple[str, ...] = profiles.NAMES, precisions: t
             work = Work.of(profile, options, options.shape, precision)
             times, loads = measure(work)
             title = f"{name} lengths ({profile.source}), {precision}"
-            report.tables += [_rates(title, times, loads), _ratios(title, times), _causes(title, times)]
+            report.add(_rates(title, times, loads), _ratios(title, times), _causes(title, times))
             for way in WAYS:
                 lines[way.name].append((f"{name}, {precision}", _rate(times[way.name], loads[way.name].pairs)))
         work = Work.of(profile, options, options.shape)
-        report.tables += [_memory(f"{name} lengths, float32", work), _shares(f"{name} lengths, float32", work)]
+        report.add(_memory(f"{name} lengths, float32", work), _shares(f"{name} lengths, float32", work))
     report.notes.append(
         "Both trainers: reference scored beforehand, activations kept, AdamW, clipping, the loop's own callbacks and "
         "log. TRL's fused head runs here as its installed version chooses: on scored positions with Triton, on all "
@@ -82,10 +82,10 @@ def check(options: Options) -> Report:
     shown = sorted({0, len(ours) // 4, len(ours) // 2, 3 * len(ours) // 4, len(ours) - 1})
     report = Report("dpo_check", {**options.about(), "shape": str(SMALL), "learning_rate": CURVE_RATE})
     title = f"Losses of {len(ours)} steps of {options.batch_size} pairs, SGD, float32, dropout off"
-    report.tables = [
+    report.add(
         Table(title, [{"step": i + 1, "prefopt": f"{ours[i]:.6f}", "TRL": f"{theirs[i]:.6f}"} for i in shown]),
         Table("Agreement", [{"largest difference": apart, "allowed": AGREEMENT, "agree": str(apart <= AGREEMENT)}]),
-    ]
+    )
     curves = {
         label: [(step + 1, Spread(loss, loss, loss)) for step, loss in enumerate(curve)]
         for label, curve in (("prefopt", ours), ("TRL", theirs))

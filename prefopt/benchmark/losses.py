@@ -35,7 +35,7 @@ def run(options: Options) -> Report:
                 report.notes.append(f"{name} is left out: {error}")
         times = trained_in_turns(dict(trainers), options)
     relative = {name: ratio(seconds, times[_TO]) for name, seconds in times.items()}
-    report.tables = [
+    report.add(
         Table(
             f"A step of {options.batch_size} pairs, {profile.name} lengths, float32",
             [
@@ -48,7 +48,7 @@ def run(options: Options) -> Report:
                 for name in sorted(times, key=lambda name: relative[name].median)
             ],
         )
-    ]
+    )
     report.chart = Chart("A step of the trainer", "", f"times {_TO}", {"step": list(relative.items())})
     return report
 

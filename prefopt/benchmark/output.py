@@ -49,8 +49,18 @@ class Report:
     chart: Chart | None = None
 
     def __str__(self) -> str:
-        about = ", ".join(f"{name} {value}" for name, value in self.about.items())
-        return "\n\n".join([f"{self.name}: {about}", *map(str, self.tables), *self.notes])
+        return "\n\n".join([self.title, *map(str, self.tables), *self.notes])
+
+    @property
+    def title(self) -> str:
+        """The benchmark and its settings."""
+        return f"{self.name}: " + ", ".join(f"{name} {value}" for name, value in self.about.items())
+
+    def add(self, *tables: Table) -> None:
+        """Keep tables, and print them at once: the next ones may take minutes, or never come."""
+        for table in tables:
+            print("\n" + str(table), flush=True)
+            self.tables.append(table)
 
     def save(self, folder: Path) -> list[Path]:
         """Write `NAME.json`, and `NAME.png` where matplotlib is installed; returns what was written."""

@@ -35,7 +35,7 @@ def run(options: Options) -> Report:
                 seconds, _ = _open(loss, lengths, options, Path(folder), f"store of {loss.name}")
                 apart[loss.name].append(seconds)
     report = Report("reference", {**options.about(), "shape": str(options.shape), "clock": clock_of(device()).unit})
-    report.tables = [
+    report.add(
         Table(
             f"{len(losses)} algorithms one after the other on {count:,} pairs, seconds until training can begin",
             [
@@ -51,7 +51,7 @@ def run(options: Options) -> Report:
             ],
         ),
         _sums(shared, apart, accounts),
-    ]
+    )
     report.chart = Chart(
         "Time until training can begin",
         "",

@@ -75,7 +75,7 @@ def run(options: Options, axes: tuple[str, ...] = tuple(AXES)) -> Report:
                 {title: point.label, **rates, "times TRL": gain, "of the floor": ratio(times[FLOOR.name], best)}
             )
             lines.setdefault(axis, []).append((f"{axis} {point.label}", gain))
-        report.tables.append(Table(f"Pairs per second and ratios of {BEST.name}, by {title}", rows))
+        report.add(Table(f"Pairs per second and ratios of {BEST.name}, by {title}", rows))
     report.chart = Chart(f"{BEST.name}, by axis", "", "times TRL with lengths grouped", lines)
     return report
 

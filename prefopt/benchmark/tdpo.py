@@ -65,21 +65,27 @@ STEP_WAYS = (
 )
 
 
-def run(options: Options) -> Report:
+PARTS = ("head", "memory", "step")
+
+
+def run(options: Options, parts: tuple[str, ...] = PARTS) -> Report:
     """Time and peak memory of the head for each shape, then a step of the trainer for each loss."""
     shapes = QUICK_SHAPES if options.quick else SHAPES
     report = Report("tdpo", {**options.about(), "clock": clock_of(device()).unit})
     ways = HEAD_WAYS
     lines: dict[str, list[tuple[Any, Spread]]] = {way.name: [] for way in ways if way.kind != "floor"}
-    for shape in shapes:
+    for shape in shapes if "head" in parts else ():
         times = _time(shape, ways, options)
-        report.tables.append(_costs(shape, times, ways))
+        report.add(_costs(shape, times, ways))
         for name, points in lines.items():
             points.append((str(shape), ratio(times[name], times["dpo, prefopt"])))
     few = (shapes[:1], ways[:1]) if options.quick else (shapes, ways)  # each takes a process
-    report.tables.append(_peaks(*few, options.threads))
-    report.tables.append(_steps(options))
-    report.chart = Chart("Head, forward and backward", "", "times DPO in prefopt", lines)
+    if "memory" in parts:
+        report.add(_peaks(*few, options.threads))
+    if "step" in parts:
+        report.add(_steps(options))
+    if "head" in parts:
+        report.chart = Chart("Head, forward and backward", "", "times DPO in prefopt", lines)
     return report
 
 

@@ -31,6 +31,12 @@ def test_the_file_holds_what_was_printed(tmp_path):
     assert str(report).startswith("dpo: rounds 7\n\nRates\n") and str(report).endswith("\n\na note")
 
 
+def test_a_table_is_printed_when_it_is_there(capsys):
+    report = Report("dpo", {"rounds": 7})
+    report.add(TABLE)
+    assert capsys.readouterr().out == f"\n{TABLE}\n" and report.tables == [TABLE]
+
+
 def test_names_are_drawn_as_bars_and_numbers_as_lines(tmp_path):
     for x in (("hh", "judged"), (8, 32)):
         points = [(x[0], Spread(1.0, 0.5, 1.5)), (x[1], Spread(2.0, 2.1, 2.2))]
