@@ -35,7 +35,7 @@ def inputs_of(stage: Stage) -> dict[str, Any]:
     nearly everywhere.
     """
     if isinstance(stage, MakeStage):
-        return as_facts(stage.settings)
+        return as_facts({**stage.settings, **stage.inputs()})
     recipe = stage.recipe
     resolved = recipe.resolved()
     settings = {name: value for name, value in resolved.items() if name not in FREE}
@@ -43,9 +43,9 @@ def inputs_of(stage: Stage) -> dict[str, Any]:
     template = recipe.model.chat_template_path
     data = [*recipe.data.local_files(), *([Path(template)] if template else [])]
     hashes = {
-        "data": {str(file): _sha256(file) for file in data},
+        "data": {str(file): sha256(file) for file in data},
         # By loss and not by path: the same file in another folder is the same formula.
-        "plugin": {name: _sha256(file) for name, file in plugin_files(recipe).items()},
+        "plugin": {name: sha256(file) for name, file in plugin_files(recipe).items()},
     }
     models = (recipe.model.model_name_or_path, recipe.reference.model)
     folders = {name: sampled(Path(name)) for name in models if name and Path(name).is_dir()}
@@ -92,6 +92,7 @@ def keep_plugins(recipe: Recipe) -> None:
         copy.write_bytes(file.read_bytes())
 
 
-def _sha256(path: Path) -> str:
+def sha256(path: Path) -> str:
+    """The hash of a whole file."""
     with open(path, "rb") as file:
         return sha_fileobj(file).hex()

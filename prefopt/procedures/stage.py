@@ -28,15 +28,19 @@ class TrainStage:
 
 @dataclass(frozen=True)
 class MakeStage:
-    """A step that makes files rather than trains: `make()` writes into `folder` on the main process alone.
+    """A step that makes files rather than trains: `make()` writes into `folder`.
 
-    `settings` is what the result depends on beside the stages before it.
+    It runs on the main process alone, or on all of them where `everywhere` is set. `settings` is what the result
+    depends on beside the stages before it; `inputs()` is what of that is known only when the stage begins, such as
+    hashes of the files it reads.
     """
 
     name: str
     folder: Path
     make: Callable[[], Any]
     settings: dict[str, Any]
+    everywhere: bool = False
+    inputs: Callable[[], dict[str, Any]] = dict
 
 
 Stage = TrainStage | MakeStage
