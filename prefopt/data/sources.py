@@ -17,6 +17,7 @@ from prefopt.data.formats import Example, RowParser, unpair
 from prefopt.data.opening import open_source
 from prefopt.data.problems import BadRow, DataReport, Flaw, Problem, Rows, SourceCount
 from prefopt.data.spec import DataSpec
+from prefopt.data.supervised import as_supervised
 from prefopt.errors import DataError, RecipeError, nearest
 
 PROGRESS_FROM = 20_000
@@ -37,12 +38,15 @@ class LoadRules:
 
     `on_bad_row`: "error" stops at the first bad row, "skip" leaves bad rows out and counts them, up to `max_bad_rows`.
     `paired`: True asks for pairs, False for labelled answers (pairs become two of them each), None takes what is there.
-    The columns are those the loss declares. `special_tokens` found inside the texts are counted in the report.
+    `supervised`: every row is one good answer, written in any of the ways `as_supervised` reads; of pairs the chosen
+    one is taken, and what is labelled undesirable is left out and counted. The columns are those the loss declares.
+    `special_tokens` found inside the texts are counted in the report.
     """
 
     on_bad_row: OnBadRow = "error"
     max_bad_rows: int | None = None
     paired: bool | None = None
+    supervised: bool = False
     required_columns: Sequence[str] = ()
     optional_columns: Sequence[str] = ()
     special_tokens: Iterable[str] = ()
@@ -152,7 +156,7 @@ class _Loader:
                 self._refuse(row, count)
                 continue
             try:
-                example = parser.parse(row)
+                example = parser.parse(as_supervised(row) if self.rules.supervised else row)
                 self._check_columns(example)
             except BadRow as bad:
                 self._refuse(bad.problem, count)
@@ -184,6 +188,8 @@ class _Loader:
 
     def _shape(self, example: Example) -> tuple[Example, ...]:
         """The example as pairs or single answers, whichever is asked for; without a wish, all like the first."""
+        if self.rules.supervised:
+            return self._good_answer(example)
         if self._paired is None:
             self._paired = example.paired
         if self._paired is False and example.paired and self.rules.paired is False:
@@ -197,6 +203,13 @@ class _Loader:
                 f"Choose a loss that reads such rows{readers}, or other data."
             )
         return (example,)
+
+    def _good_answer(self, example: Example) -> tuple[Example, ...]:
+        answer = unpair(example)[0] if example.paired else example
+        if not answer.desirable:
+            self.report.add_note("undesirable_left_out", example.where)
+            return ()
+        return (answer,)
 
 
 def _draw(seed: int, key: object) -> bytes:

@@ -231,7 +231,7 @@ def _processors(draws: Sequence[Draw], sampling: Sampling, width: int) -> Logits
         torch.rand(sampling.max_new_tokens, generator=torch.Generator().manual_seed(draw.seed), dtype=torch.float64)
         for draw in draws
     ]
-    cuts = [TemperatureLogitsWarper(float(sampling.temperature))]
+    cuts: list[LogitsProcessor] = [TemperatureLogitsWarper(float(sampling.temperature))]
     cuts += [TopPLogitsWarper(sampling.top_p)] if sampling.top_p < 1 else []
     return LogitsProcessorList([*cuts, DrawTokens(torch.stack(numbers), width)])
 

@@ -12,8 +12,6 @@ os.environ["ACCELERATE_USE_CPU"] = "true"
 from accelerate import PartialState
 from accelerate.utils import gather_object
 
-PartialState(cpu=True)
-
 from prefopt.generation import shards
 from tests.generation.test_shards import write
 from tests.helpers import make_model, make_tokenizer
@@ -21,6 +19,7 @@ from tests.helpers import make_model, make_tokenizer
 
 def main() -> None:
     """Write the folder given, and which shards each rank wrote to a file beside it."""
+    PartialState(cpu=True)
     folder = Path(sys.argv[1])
     numbers, stock = [], shards._write_shard
 

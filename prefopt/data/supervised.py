@@ -1,0 +1,36 @@
+"""Rows of supervised data, `prompt` and `completion` or `messages`, as the labelled answers that the formats know."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from prefopt.data.problems import BadRow, Flaw, RawRow
+
+
+def as_supervised(row: RawRow) -> RawRow:
+    """The row as a desirable answer, where it is written without a label; every other row as it is.
+
+    `messages` is a whole conversation whose last turn is the answer; a `prompt` beside it repeats its beginning.
+    Raises `BadRow` where it ends otherwise.
+    """
+    values = row.values
+    if "messages" in values and not {"completion", "chosen"} & values.keys():
+        try:
+            return replace(row, values=_split(values))
+        except Flaw as flaw:
+            raise BadRow(flaw.at(row.where)) from None
+    if "completion" in values and values.get("label") is None:
+        return replace(row, values={**values, "label": True})
+    return row
+
+
+def _split(values: dict[str, Any]) -> dict[str, Any]:
+    messages = values["messages"]
+    rest = {name: value for name, value in values.items() if name not in ("messages", "prompt")}
+    if not isinstance(messages, list) or len(messages) < 2:
+        raise Flaw("wrong_type", "a conversation needs a turn of the user and an answer", "messages")
+    last = messages[-1]
+    if isinstance(last, dict) and last.get("role") in ("user", "system", "developer", "tool"):
+        raise Flaw("completion_end", f"the conversation ends with a {last['role']} message", "messages")
+    return {**rest, "prompt": messages[:-1], "completion": [last], "label": True}
