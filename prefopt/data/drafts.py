@@ -85,7 +85,7 @@ def parts_of(example: Example, targets: bool) -> dict[str, Any]:
 
 def content_id(example: Example, targets: bool) -> bytes:
     """SHA-256 of everything a draft reads of its example. The order of keys counts: a template may show it."""
-    said = [example.prompt, parts_of(example, targets), example.tools, example.chat_template_kwargs]
+    said: list[Any] = [example.prompt, parts_of(example, targets), example.tools, example.chat_template_kwargs]
     said += [example.unfinished] if example.unfinished else []
     text = json.dumps(said, ensure_ascii=False, default=str)
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()

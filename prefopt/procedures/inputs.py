@@ -43,9 +43,9 @@ def inputs_of(stage: Stage) -> dict[str, Any]:
     template = recipe.model.chat_template_path
     data = [*recipe.data.local_files(), *([Path(template)] if template else [])]
     hashes = {
-        "data": {str(file): sha256(file) for file in data},
+        "data": {str(file): sha256_of(file) for file in data},
         # By loss and not by path: the same file in another folder is the same formula.
-        "plugin": {name: sha256(file) for name, file in plugin_files(recipe).items()},
+        "plugin": {name: sha256_of(file) for name, file in plugin_files(recipe).items()},
     }
     models = (recipe.model.model_name_or_path, recipe.reference.model)
     folders = {name: sampled(Path(name)) for name in models if name and Path(name).is_dir()}
@@ -92,7 +92,7 @@ def keep_plugins(recipe: Recipe) -> None:
         copy.write_bytes(file.read_bytes())
 
 
-def sha256(path: Path) -> str:
+def sha256_of(path: Path) -> str:
     """The hash of a whole file."""
     with open(path, "rb") as file:
         return sha_fileobj(file).hex()

@@ -120,7 +120,7 @@ def _refuse_late(stage: Stage, found: Sequence[Difference]) -> None:
 
 def _run(stage: Stage) -> Any:
     if isinstance(stage, MakeStage):
-        result = [stage.make() if stage.everywhere or PartialState().is_main_process else None]
+        result = [stage.make() if stage.on_every_rank or PartialState().is_main_process else None]
         return broadcast_object_list(result)[0]
     from prefopt.procedures.train import train
 

@@ -30,7 +30,7 @@ class TrainStage:
 class MakeStage:
     """A step that makes files rather than trains: `make()` writes into `folder`.
 
-    It runs on the main process alone, or on all of them where `everywhere` is set. `settings` is what the result
+    It runs on the main process alone, or on all of them where `on_every_rank` is set. `settings` is what the result
     depends on beside the stages before it; `inputs()` is what of that is known only when the stage begins, such as
     hashes of the files it reads.
     """
@@ -39,7 +39,7 @@ class MakeStage:
     folder: Path
     make: Callable[[], Any]
     settings: dict[str, Any]
-    everywhere: bool = False
+    on_every_rank: bool = False
     inputs: Callable[[], dict[str, Any]] = dict
 
 
