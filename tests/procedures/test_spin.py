@@ -55,8 +55,8 @@ def events(folder, name: str) -> list[float]:
 
 def test_the_plan_is_the_papers_unless_told_otherwise(tmp_path):
     plan = plan_of(tmp_path, "{name: spin}")
-    rounds = [[f"{name}-{number}" for name in ("answers", "pairs", "train")] for number in range(4)]
-    assert [stage.name for stage in plan] == ["data", *sum(rounds, []), "report"]
+    rounds = [f"{name}-{number}" for number in range(4) for name in ("answers", "pairs", "train")]
+    assert [stage.name for stage in plan] == ["data", *rounds, "report"]
     assert [recipe.loss[0].knobs["beta"] for recipe in trained(plan)] == [0.1, 0.1, 0.1, 5.0]
     assert [recipe.training["learning_rate"] for recipe in trained(plan)] == [5e-7, 5e-7, 1e-7, 1e-7]
     assert [recipe.training["num_train_epochs"] for recipe in trained(plan)] == [2.0] * 4
