@@ -15,9 +15,9 @@ from typing import Any, Literal, get_args
 from prefopt.data.columns import check_columns, check_row_columns, marker_pattern, notes_of
 from prefopt.data.formats import Example, RowParser, unpair
 from prefopt.data.opening import open_source
-from prefopt.data.problems import BadRow, DataReport, Flaw, Problem, Rows, SourceCount
+from prefopt.data.problems import BadRow, DataReport, Flaw, Problem, RawRow, Rows, SourceCount
 from prefopt.data.spec import DataSpec
-from prefopt.data.supervised import as_supervised
+from prefopt.data.supervised import as_prompt, as_supervised
 from prefopt.errors import DataError, RecipeError, nearest
 
 PROGRESS_FROM = 20_000
@@ -39,7 +39,8 @@ class LoadRules:
     `on_bad_row`: "error" stops at the first bad row, "skip" leaves bad rows out and counts them, up to `max_bad_rows`.
     `paired`: True asks for pairs, False for labelled answers (pairs become two of them each), None takes what is there.
     `supervised`: every row is one good answer, written in any of the ways `as_supervised` reads; of pairs the chosen
-    one is taken, and what is labelled undesirable is left out and counted. The columns are those the loss declares.
+    one is taken, and what is labelled undesirable is left out and counted. `prompts_only`: every row is a prompt with
+    a stand-in for its answer, whatever else it holds. The columns are those the loss declares.
     `special_tokens` found inside the texts are counted in the report.
     """
 
@@ -47,6 +48,7 @@ class LoadRules:
     max_bad_rows: int | None = None
     paired: bool | None = None
     supervised: bool = False
+    prompts_only: bool = False
     required_columns: Sequence[str] = ()
     optional_columns: Sequence[str] = ()
     special_tokens: Iterable[str] = ()
@@ -156,12 +158,17 @@ class _Loader:
                 self._refuse(row, count)
                 continue
             try:
-                example = parser.parse(as_supervised(row) if self.rules.supervised else row)
+                example = parser.parse(self._written(row))
                 self._check_columns(example)
             except BadRow as bad:
                 self._refuse(bad.problem, count)
             else:
                 yield example
+
+    def _written(self, row: RawRow) -> RawRow:
+        if self.rules.prompts_only:
+            return as_prompt(row)
+        return as_supervised(row) if self.rules.supervised else row
 
     def _check_columns(self, example: Example) -> None:
         try:

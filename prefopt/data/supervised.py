@@ -1,4 +1,7 @@
-"""Rows of supervised data, `prompt` and `completion` or `messages`, as the labelled answers that the formats know."""
+"""Rows of supervised data, `prompt` and `completion` or `messages`, as the labelled answers that the formats know.
+
+Rows of prompts are read in the same way, for procedures that need no answers.
+"""
 
 from __future__ import annotations
 
@@ -23,6 +26,24 @@ def as_supervised(row: RawRow) -> RawRow:
     if "completion" in values and values.get("label") is None:
         return replace(row, values={**values, "label": True})
     return row
+
+
+def as_prompt(row: RawRow) -> RawRow:
+    """The row as a prompt alone, with a stand-in where its answers were; one without a prompt as it is.
+
+    Of `messages`, an answer at the end is left out.
+    """
+    values = row.values
+    if isinstance(values.get("messages"), list) and "completion" not in values:
+        messages = values["messages"]
+        last = messages[-1] if messages else None
+        answered = isinstance(last, dict) and last.get("role") == "assistant"
+        values = {**values, "prompt": messages[:-1] if answered else messages}
+    if "prompt" not in values:
+        return row
+    answer: Any = "." if isinstance(values["prompt"], str) else [{"role": "assistant", "content": "."}]
+    kept = {name: values[name] for name in ("prompt", "tools", "chat_template_kwargs") if name in values}
+    return replace(row, values={**kept, "completion": answer, "label": True})
 
 
 def _split(values: dict[str, Any]) -> dict[str, Any]:

@@ -20,8 +20,17 @@ from prefopt.evaluation import evaluate_model
 from prefopt.generation import Sampling, generate_to_disk
 from prefopt.generation.shards import model_of
 from prefopt.models import load_model, quantization_config
-from prefopt.procedures.pairing import TEST, TRAIN, answer_row, read_data, write_rows
-from prefopt.procedures.rounds import HELD_OUT, OWN, RoundSettings, answers_folder, model_folder
+from prefopt.procedures.pairing import (
+    FIGURES,
+    TEST,
+    TRAIN,
+    answer_row,
+    prompt_row,
+    read_data,
+    write_figures,
+    write_rows,
+)
+from prefopt.procedures.rounds import HELD_OUT, OWN, RoundSettings, model_folder, round_folder
 from prefopt.procedures.train import BAD_ROWS, open_tokenizer
 from prefopt.ranks import on_main
 from prefopt.recipe import Recipe
@@ -30,11 +39,12 @@ from prefopt.report.plots import BLUE, GREY, ORANGE, Curve, Panel
 from prefopt.report.results import RESULTS_FILE, write_whole
 from prefopt.report.rounds import write_rounds
 
-FIGURES = "figures.json"
 TRAINED = ("loss", "rewards/accuracies", "rewards/margins")
 COLUMNS = {
     "round": "round",
     "held_out/real_logp_per_token": "held-out logp/token",
+    "held_out/score": "score",
+    "own/score": "score, train",
     "held_out/unfinished": "cut off",
     "held_out/tokens": "tokens",
     "held_out/real_tokens": "tokens, data",
@@ -52,6 +62,15 @@ PANELS = (
         (
             Curve("held_out/real_logp_per_token", "held out", BLUE, noisy=False),
             Curve("own/real_logp_per_token", "trained on", GREY, noisy=False),
+        ),
+    ),
+    Panel(
+        "score",
+        "The judge's score",
+        "mean over answers",
+        (
+            Curve("held_out/score", "held-out prompts", BLUE, noisy=False),
+            Curve("own/score", "training prompts", GREY, noisy=False),
         ),
     ),
     Panel(
@@ -77,26 +96,27 @@ PANELS = (
 )
 NOTE = (
     "Each row is the model that a round starts from, the last one the model that is left: the likelihood of the "
-    "data's own answers to held-out prompts, the share of sampled answers that reached the limit of new tokens, mean "
-    "lengths, and the last figures of the training that made the model."
+    "data's own answers to held-out prompts, or the judge's mean score; the share of sampled answers that reached the "
+    "limit of new tokens; mean lengths; and the last figures of the training that made the model."
 )
 LENGTHS = ("max_length", "truncation_mode", "cut_answers", "min_prompt_tokens", "prompt_boundary", "max_dropped")
 
 
-def write_data(recipe: Recipe, folder: Path, settings: RoundSettings) -> dict[str, int]:
-    """Write prompts and answers of a recipe's data to `train.jsonl` and, where it has held-out rows, `test.jsonl`.
+def write_data(recipe: Recipe, folder: Path, settings: RoundSettings, *, answers: bool) -> dict[str, int]:
+    """Write prompts of a recipe's data to `train.jsonl` and, where it has held-out rows, `test.jsonl`.
 
-    At most `settings.prompts` and `settings.eval_prompts` rows, drawn with the recipe's seed; returns how many.
+    `answers`: with the data's own answers, which every row must then have. At most `settings.prompts` and
+    `settings.eval_prompts` rows, drawn with the recipe's seed; returns how many.
     Raises `DataError` as every loader of rows does.
     """
     rules = {name: recipe.training[name] for name in BAD_ROWS if name in recipe.training}
-    train, test = load_train_test(recipe.data_spec(), supervised=True, **rules)
+    train, test = load_train_test(recipe.data_spec(), supervised=answers, prompts_only=not answers, **rules)
     say(*(f"data: {line}" for line in train.report.lines()))
     parts = {TRAIN: _drawn(train.examples, settings.prompts, seed_of(recipe))}
     if test is not None:
         parts[TEST] = _drawn(test.examples, settings.eval_prompts, seed_of(recipe))
     for name, examples in parts.items():
-        write_rows(folder / name, map(answer_row, examples))
+        write_rows(folder / name, map(answer_row if answers else prompt_row, examples))
     return {name: len(examples) for name, examples in parts.items()}
 
 
@@ -142,10 +162,11 @@ def sample_answers(
             "answers": manifest["answers"],
             "unfinished": 1 - manifest["finished"] / manifest["answers"],
             "tokens": manifest["tokens"] / manifest["answers"],
-            **on_main(partial(_real, recipe, model, tokenizer, examples[: settings.eval_prompts])),
         }
+        if examples[0].completion is not None:
+            figures[name] |= on_main(partial(_real, recipe, model, tokenizer, examples[: settings.eval_prompts]))
         figures["model"] = manifest["facts"]["model"]["weights"]
-    on_main(lambda: write_whole(folder / FIGURES, json.dumps(figures, indent=1) + "\n"))
+    on_main(lambda: write_figures(folder, figures))
     return figures
 
 
@@ -162,10 +183,9 @@ def report(recipe: Recipe, settings: RoundSettings, folder: Path, title: str) ->
 def _figures_of(recipe: Recipe, settings: RoundSettings, number: int) -> dict[str, Any]:
     """The figures of one model by flat names: of its answers, and of the training that made it."""
     row: dict[str, Any] = {"round": number}
-    file = answers_folder(recipe, number) / FIGURES
-    if file.is_file():
+    for file in sorted(round_folder(recipe, number).glob(f"*/{FIGURES}")):
         figures = json.loads(file.read_text(encoding="utf-8"))
-        row["model"] = figures.pop("model")
+        row |= {"model": figures.pop("model")} if "model" in figures else {}
         row |= {f"{part}/{name}": value for part, values in figures.items() for name, value in values.items()}
     if number:
         results = model_folder(recipe, number - 1, settings.rounds) / RESULTS_FILE

@@ -3,29 +3,50 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from prefopt.data.formats import Example
 from prefopt.data.messages import check_not_empty, check_text
-from prefopt.data.problems import Flaw
-from prefopt.data.sources import load_examples
-from prefopt.data.spec import DataSpec
+from prefopt.data.problems import Flaw, Where
 from prefopt.report.results import write_whole
 
-TRAIN, TEST = "train.jsonl", "test.jsonl"
+TRAIN, TEST, FIGURES = "train.jsonl", "test.jsonl", "figures.json"
 
 
 def read_data(path: Path) -> list[Example]:
-    """The examples whose rows were written to a file, in their order."""
-    return load_examples(DataSpec(data_files=str(path))).examples
+    """The examples whose rows `write_data` wrote to a file, in their order; `completion` is None for a prompt alone."""
+    rows = map(json.loads, path.read_text(encoding="utf-8").splitlines())
+    return [
+        Example(
+            "",
+            row["prompt"],
+            completion=row.get("completion"),
+            desirable=True,
+            tools=row.get("tools"),
+            chat_template_kwargs=row.get("chat_template_kwargs") or {},
+            where=Where(str(path), number, number + 1),
+        )
+        for number, row in enumerate(rows)
+    ]
 
 
 def write_rows(path: Path, rows: Iterable[dict[str, Any]]) -> None:
     """Write rows as JSON lines, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     write_whole(path, "".join(json.dumps(row) + "\n" for row in rows))
+
+
+def write_figures(folder: Path, figures: Mapping[str, Any]) -> None:
+    """Write the figures of a stage, for the report of all rounds."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_whole(folder / FIGURES, json.dumps(figures, indent=1) + "\n")
+
+
+def prompt_row(example: Example) -> dict[str, Any]:
+    """The prompt of an example as a row."""
+    return {"prompt": example.prompt, **_besides(example)}
 
 
 def answer_row(example: Example) -> dict[str, Any]:

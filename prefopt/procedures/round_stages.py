@@ -26,14 +26,14 @@ if TYPE_CHECKING:
     from prefopt.recipe import Recipe
 
 
-def data_stage(recipe: Recipe, data: Path, settings: RoundSettings) -> MakeStage:
-    """The stage that writes the prompts and the answers of the recipe's data."""
+def data_stage(recipe: Recipe, data: Path, settings: RoundSettings, *, answers: bool) -> MakeStage:
+    """The stage that writes the prompts of the recipe's data, with their `answers` or alone."""
 
     def make() -> Any:
         from prefopt.procedures.answers import write_data
 
-        counts = write_data(recipe, data, settings)
-        say("data: " + ", ".join(f"{count:,} answers in {data / name}" for name, count in counts.items()))
+        counts = write_data(recipe, data, settings, answers=answers)
+        say("data: " + ", ".join(f"{count:,} rows in {data / name}" for name, count in counts.items()))
         return counts
 
     facts = {

@@ -58,9 +58,14 @@ class RoundSettings:
         if not 0 < self.top_p <= 1:
             raise RecipeError("procedure.top_p: must be above 0 and at most 1.")
 
+    @property
+    def samples(self) -> int:
+        """Answers to each prompt."""
+        return 1
+
     def sampling(self, round: int, seed: int) -> Sampling:
         """How the answers of a round are drawn."""
-        return Sampling(1, self.max_new_tokens, self.temperature, self.top_p, seed + round)
+        return Sampling(self.samples, self.max_new_tokens, self.temperature, self.top_p, seed + round)
 
 
 def read_settings(

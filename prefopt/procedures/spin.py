@@ -87,7 +87,7 @@ def spin(recipe: Recipe) -> Sequence[Stage]:
     if not recipe.objective().paired_required:
         raise RecipeError("loss: SPIN compares two answers, and this loss reads single ones. Write loss: {name: dpo}.")
     whole, data, rounds = recipe, Path(recipe.output_dir) / "data", settings.rounds
-    stages: list[Stage] = [data_stage(recipe, data, settings)]
+    stages: list[Stage] = [data_stage(recipe, data, settings, answers=True)]
     if "start" in recipe.procedure:
         start, recipe = supervised_start(recipe, data)
         stages.append(start)
