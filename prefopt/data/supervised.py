@@ -42,7 +42,7 @@ def as_prompt(row: RawRow) -> RawRow:
     if "prompt" not in values:
         return row
     answer: Any = "." if isinstance(values["prompt"], str) else [{"role": "assistant", "content": "."}]
-    kept = {name: values[name] for name in ("prompt", "tools", "chat_template_kwargs") if name in values}
+    kept = {name: value for name, value in values.items() if name in ("prompt", "tools", "chat_template_kwargs")}
     return replace(row, values={**kept, "completion": answer, "label": True})
 
 

@@ -26,13 +26,9 @@ class CommandJudge:
 
     def __init__(self, command: Any, *, seconds: float = 300) -> None:
         words = [command] if isinstance(command, str) else [str(word) for word in command]
-        name = " ".join(words)
-        if os.environ.get(CONSENT) != "1":
-            program = " ".join(words)
-            raise UserError(
-                f"procedure.judge.command: a recipe alone runs nothing. To start `{program}`, set {CONSENT}=1"
-            )
         self._name, self._seconds = " ".join(words), seconds
+        if os.environ.get(CONSENT) != "1":
+            raise UserError(f"procedure.judge.command: a recipe runs no program. To run {self._name}, set {CONSENT}=1")
         try:
             self._process = subprocess.Popen(
                 words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, encoding="utf-8"

@@ -22,6 +22,7 @@ from prefopt.generation.shards import model_of
 from prefopt.models import load_model, quantization_config
 from prefopt.procedures.pairing import (
     FIGURES,
+    SUPERVISED,
     TEST,
     TRAIN,
     answer_row,
@@ -103,7 +104,8 @@ LENGTHS = ("max_length", "truncation_mode", "cut_answers", "min_prompt_tokens", 
 
 
 def write_data(recipe: Recipe, folder: Path, settings: RoundSettings, *, answers: bool) -> dict[str, int]:
-    """Write prompts of a recipe's data to `train.jsonl` and, where it has held-out rows, `test.jsonl`.
+    """Write prompts of a recipe's data to `train.jsonl` and, where it has held-out rows, `test.jsonl`; for a supervised
+    start also every row, to `supervised.jsonl`.
 
     `answers`: with the data's own answers, which every row must then have. At most `settings.prompts` and
     `settings.eval_prompts` rows, drawn with the recipe's seed; returns how many.
@@ -113,6 +115,8 @@ def write_data(recipe: Recipe, folder: Path, settings: RoundSettings, *, answers
     train, test = load_train_test(recipe.data_spec(), supervised=answers, prompts_only=not answers, **rules)
     say(*(f"data: {line}" for line in train.report.lines()))
     parts = {TRAIN: _drawn(train.examples, settings.prompts, seed_of(recipe))}
+    if "start" in recipe.procedure:
+        parts[SUPERVISED] = train.examples
     if test is not None:
         parts[TEST] = _drawn(test.examples, settings.eval_prompts, seed_of(recipe))
     for name, examples in parts.items():

@@ -12,7 +12,7 @@ from prefopt.data.messages import check_not_empty, check_text
 from prefopt.data.problems import Flaw, Where
 from prefopt.report.results import write_whole
 
-TRAIN, TEST, FIGURES = "train.jsonl", "test.jsonl", "figures.json"
+TRAIN, TEST, SUPERVISED, FIGURES = "train.jsonl", "test.jsonl", "supervised.jsonl", "figures.json"
 
 
 def read_data(path: Path) -> list[Example]:

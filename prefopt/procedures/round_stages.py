@@ -10,7 +10,7 @@ from accelerate.utils import release_memory
 
 from prefopt.console import say
 from prefopt.procedures.inputs import sampled, sha256_of
-from prefopt.procedures.pairing import TEST, TRAIN
+from prefopt.procedures.pairing import SUPERVISED, TEST
 from prefopt.procedures.rounds import (
     OWN,
     RoundSettings,
@@ -86,7 +86,7 @@ def report_stage(recipe: Recipe, settings: RoundSettings, title: str) -> MakeSta
 
 def supervised_start(recipe: Recipe, data: Path) -> tuple[Stage, Recipe]:
     """A supervised stage on the data's own answers, and the recipe with the model it leaves."""
-    files = {"train": str(data / TRAIN), **({"test": str(data / TEST)} if recipe.evaluates else {})}
+    files = {"train": str(data / SUPERVISED), **({"test": str(data / TEST)} if recipe.evaluates else {})}
     given = dict(recipe.procedure["start"] or {})
     start, _ = with_start(recipe.replace(data_from(files)), given)
     return start, recipe.replace(model_name_or_path=str(start.folder), from_scratch=None, model_revision=None)

@@ -19,8 +19,8 @@ from tests.helpers import text_pairs
 from tests.procedures.spinning import prepare, rows_of
 
 JUDGE = "def length(prompt, answer):\n    return len(answer) % 7\n"
-BLOCK = """{{name: online, rounds: 2, samples_per_prompt: 3, learning_rate: 1e-2, num_train_epochs: 1, max_new_tokens: 40,
-  shard_size: 9, judge: {judge}{more}}}"""
+BLOCK = """{{name: online, rounds: 2, samples_per_prompt: 3, learning_rate: 1e-2, num_train_epochs: 1,
+  max_new_tokens: 40, shard_size: 9, judge: {judge}{more}}}"""
 
 
 @pytest.fixture(autouse=True)
@@ -91,13 +91,9 @@ def test_mistakes_are_refused_before_anything_runs(tmp_path, changes, said):
 
 
 def test_one_answer_has_no_other_to_lose_to(tmp_path):
-    block = "{name: online, samples_per_prompt: 1, judge: {function: a}}"
+    block = {"name": "online", "samples_per_prompt": 1, "judge": {"function": "a"}}
     with pytest.raises(RecipeError, match="must be at least 2"):
-        make_plan(
-            recipe_in(tmp_path).replace(
-                procedure=load_recipe(tmp_path / "recipe.yaml", ["--procedure", block]).procedure
-            )
-        )
+        make_plan(recipe_in(tmp_path).replace(procedure=block))
 
 
 def test_pairs_are_the_best_against_the_worst_that_ended(finished):
@@ -157,11 +153,10 @@ def test_scores_of_another_judge_are_not_used(tmp_path):
     folder = tmp_path / "run" / "round-0"
     (tmp_path / "other.py").write_text("def other(prompt, answer):\n    return -len(answer)\n")
     load_plugin(tmp_path / "other.py")
-    before = rows_of(folder / "judged" / "own" / "scores.jsonl")
-    figures = judging.judge_answers(
-        {"function": "other.py:other"}, folder / "answers" / "own", folder / "judged" / "own"
-    )
-    after = rows_of(folder / "judged" / "own" / "scores.jsonl")
+    judged = folder / "judged" / "own"
+    before = rows_of(judged / "scores.jsonl")
+    figures = judging.judge_answers({"function": "other.py:other"}, folder / "answers" / "own", judged)
+    after = rows_of(judged / "scores.jsonl")
     assert figures["score"] < 0
     assert [line["answers"] for line in after] == [line["answers"] for line in before]
     assert all(score < 0 for line in after for score in line["scores"])

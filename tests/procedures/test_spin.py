@@ -82,7 +82,7 @@ def test_a_supervised_start_comes_before_the_first_answers(tmp_path):
     plan = plan_of(tmp_path, "{name: spin, rounds: 1, start: {learning_rate: 1e-4}}")
     assert [stage.name for stage in plan] == ["data", "start", "answers-0", "pairs-0", "train-0", "report"]
     start, main = trained(plan)
-    assert start.loss[0].name == "sft" and start.data.data_files == {"train": "r/data/train.jsonl"}
+    assert start.loss[0].name == "sft" and start.data.data_files == {"train": "r/data/supervised.jsonl"}
     assert main.model.model_name_or_path == "r/start"
     assert "learning_rate" not in load_recipe(tmp_path / "recipe.yaml").training
     assert main.training["learning_rate"] == 5e-7
@@ -356,3 +356,15 @@ def test_conversations_are_rendered_alike_for_sampling_and_training(tmp_path):
     rows = rows_of(tmp_path / "run" / "round-0" / "pairs" / "pairs.jsonl")
     assert all(row["rejected"][0]["role"] == "assistant" for row in rows)
     assert events(tmp_path / "run", "loss")[0] == pytest.approx(math.log(2), abs=1e-5)
+
+
+def test_a_supervised_start_reads_all_rows_and_the_rounds_a_part_of_them(tmp_path):
+    file = prepare(tmp_path)
+    options = ["--procedure", "{name: spin, prompts: 5, eval_prompts: 3, start: {learning_rate: 1e-3}}"]
+    run_plan(make_plan(load_recipe(file, options))[:2])
+    counts = {
+        name: len(rows_of(tmp_path / "run" / "data" / f"{name}.jsonl")) for name in ("supervised", "train", "test")
+    }
+    assert counts == {"supervised": 12, "train": 5, "test": 3}
+    results = json.loads((tmp_path / "run" / "start" / "results.json").read_text())
+    assert results["data"]["train"]["kept"] == 12
