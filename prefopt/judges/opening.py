@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
+import sys
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from prefopt.errors import RecipeError, nearest
@@ -11,6 +14,7 @@ from prefopt.judges.command import CommandJudge
 from prefopt.judges.endpoint import EndpointJudge
 from prefopt.judges.function import FunctionJudge
 from prefopt.judges.reward import RewardJudge
+from prefopt.losses.plugins import plugin_function
 
 _KINDS: dict[str, tuple[type, tuple[str, ...]]] = {
     "function": (FunctionJudge, ()),
@@ -38,6 +42,14 @@ def check_judge(block: Any) -> dict[str, Any]:
     if "model" in known and not block.get("model"):
         raise RecipeError("procedure.judge.model: is missing. Write the name the endpoint knows its model by.")
     return dict(block)
+
+
+def judge_facts(block: Mapping[str, Any]) -> dict[str, Any]:
+    """What decides on a judge's scores: its settings, and the file of a function. Raises `UserError` without it."""
+    if "function" not in block:
+        return {"judge": dict(block)}
+    file = sys.modules[plugin_function(str(block["function"])).__module__].__file__
+    return {"judge": dict(block), "file": hashlib.sha256(Path(str(file)).read_bytes()).hexdigest()}
 
 
 def open_judge(block: Mapping[str, Any]) -> Judge:

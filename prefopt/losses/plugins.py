@@ -24,8 +24,8 @@ _PREFIX = "prefopt_plugin_"
 def load_plugin(path: str | os.PathLike[str]) -> list[str]:
     """Run a Python file and give the names of the losses it registered.
 
-    Loading the same file again replaces its losses. `UserError` when the file is missing, does not run, or has neither
-    a registered loss nor a function that is no helper of one: it then registers nothing by mistake.
+    Loading the same file again replaces its losses. `UserError` when the file is missing, does not run, or registers
+    nothing; a file without any class may hold functions alone.
     """
     file = Path(path).expanduser().resolve()
     if not file.is_file():
@@ -33,7 +33,7 @@ def load_plugin(path: str | os.PathLike[str]) -> list[str]:
     module = _module(file)
     _run(module, file)
     found = registered_by(module.__name__)
-    if not found and not _judges(module):
+    if not found and not _functions(module):
         raise UserError(
             f'plugin {file}: it registers no loss. Put @register("my_name"), from prefopt.losses, above the class.'
         )
@@ -59,8 +59,8 @@ def plugin_function(name: str) -> Callable[..., Any]:
     raise UserError(f"`{name}`: a recipe alone never imports code. Add --plugin {file or 'FILE.py'} to the command")
 
 
-def _judges(module: ModuleType) -> list[str]:
-    """Public functions of a module without a loss class: there is then no loss that was left unregistered."""
+def _functions(module: ModuleType) -> list[str]:
+    """Public functions of a module without a class: with one, a loss was meant and left unregistered."""
     own = [value for value in vars(module).values() if getattr(value, "__module__", None) == module.__name__]
     if any(isinstance(value, type) for value in own):
         return []

@@ -35,7 +35,7 @@ from prefopt.procedures.rounds import HELD_OUT, OWN, RoundSettings, model_folder
 from prefopt.procedures.train import BAD_ROWS, open_tokenizer
 from prefopt.ranks import on_main
 from prefopt.recipe import Recipe
-from prefopt.reference.record import RECORD
+from prefopt.reference.record import recorded_weights
 from prefopt.report.plots import BLUE, GREY, ORANGE, Curve, Panel
 from prefopt.report.results import RESULTS_FILE, write_whole
 from prefopt.report.rounds import write_rounds
@@ -135,41 +135,30 @@ def sample_answers(
     """Let the model a recipe starts from answer the prompts in `data`, and measure it; every rank calls this.
 
     Answers to the training prompts (with `train`) go to `folder/own`, those to held-out prompts to `folder/held_out`.
-    Returns figures, also written to `folder/figures.json`: see `measure`.
+    Returns figures for both, also written to `folder/figures.json`: how many answers, the share cut off, mean length in
+    tokens, and where the data has answers of its own, their mean log-likelihood and length.
     """
-    tokenizer = open_tokenizer(recipe)
-    section = recipe.model
-    model = load_model(
-        str(section.model_name_or_path),
-        dtype=section.dtype,
-        revision=section.model_revision,
-        trust_remote_code=section.trust_remote_code,
-        attn_implementation=section.attn_implementation,
-        quantization_config=quantization_config(section),
-    )
-    figures: dict[str, Any] = {}
-    for name, file in ((OWN, TRAIN), (HELD_OUT, TEST)):
-        if (name == OWN and not train) or not (data / file).is_file():
-            continue
-        examples = read_data(data / file)
-        manifest = generate_to_disk(
+    tokenizer, model = open_tokenizer(recipe), _open_model(recipe)
+    files = {HELD_OUT: data / TEST, **({OWN: data / TRAIN} if train else {})}
+    examples = {name: read_data(file) for name, file in files.items() if file.is_file()}
+    manifests = {
+        name: generate_to_disk(
             model,
             tokenizer,
-            examples,
+            prompts,
             folder / name,
             sampling,
             batch_size=settings.generation_batch_size,
             shard_size=settings.shard_size,
             chat_template_kwargs=recipe.training.get("chat_template_kwargs"),
         )
-        figures[name] = {
-            "answers": manifest["answers"],
-            "unfinished": 1 - manifest["finished"] / manifest["answers"],
-            "tokens": manifest["tokens"] / manifest["answers"],
-        }
-        if examples[0].completion is not None:
-            figures[name] |= on_main(partial(_real, recipe, model, tokenizer, examples[: settings.eval_prompts]))
-        figures["model"] = manifest["facts"]["model"]["weights"]
+        for name, prompts in examples.items()
+    }
+    figures: dict[str, Any] = {name: _counts(manifest) for name, manifest in manifests.items()}
+    for name, prompts in examples.items():
+        if prompts[0].completion is not None:
+            figures[name] |= on_main(partial(_real, recipe, model, tokenizer, prompts[: settings.eval_prompts]))
+    figures["model"] = next(iter(manifests.values()))["facts"]["model"]["weights"]
     on_main(lambda: write_figures(folder, figures))
     return figures
 
@@ -200,15 +189,36 @@ def _figures_of(recipe: Recipe, settings: RoundSettings, number: int) -> dict[st
 
 
 def check_opponent(answers: Path, trained: Path) -> None:
-    """Raise `UserError` unless the reference of a round is the model that made the answers it was trained against."""
-    record = trained / RECORD
-    if not record.is_file():  # the loss reads no reference
-        return
-    reference = json.loads(record.read_text(encoding="utf-8"))["weights"]
-    if reference != model_of(answers):
+    """Raise `UserError` unless the reference of a round is the model that made the answers it was trained against.
+
+    A loss that reads no reference leaves no record of one.
+    """
+    reference = recorded_weights(trained)
+    if reference is not None and reference != model_of(answers):
         raise UserError(
             f"{trained}: its reference is not the model that made the answers in {answers}. Delete both, and run again"
         )
+
+
+def _open_model(recipe: Recipe) -> Any:
+    section = recipe.model
+    return load_model(
+        str(section.model_name_or_path),
+        dtype=section.dtype,
+        revision=section.model_revision,
+        trust_remote_code=section.trust_remote_code,
+        attn_implementation=section.attn_implementation,
+        quantization_config=quantization_config(section),
+    )
+
+
+def _counts(manifest: dict[str, Any]) -> dict[str, float]:
+    count = manifest["answers"]
+    return {
+        "answers": count,
+        "unfinished": 1 - manifest["finished"] / count,
+        "tokens": manifest["tokens"] / count,
+    }
 
 
 def _real(recipe: Recipe, model: Any, tokenizer: Any, examples: Sequence[Example]) -> dict[str, float]:

@@ -18,7 +18,7 @@ from prefopt.console import say
 from prefopt.data.formats import Example
 from prefopt.generation import read_generations
 from prefopt.generation.shards import model_of
-from prefopt.judges import Judge, open_judge
+from prefopt.judges import Judge, judge_facts, open_judge
 from prefopt.procedures.pairing import as_answer, pair_row, usable, write_rows
 from prefopt.ranks import on_main
 from prefopt.reference.hashing import hash_json
@@ -36,7 +36,7 @@ def judge_answers(block: Mapping[str, Any], answers: Path, folder: Path) -> dict
     are kept. Returns figures: answers judged, their mean score, mean of the best, share of prompts without a
     difference. Raises `UserError` where a judgement cannot be had.
     """
-    state, by = PartialState(), hash_json([block, model_of(answers)])[:16]
+    state, by = PartialState(), hash_json([judge_facts(block), model_of(answers)])[:16]
     if not on_main(lambda: _is_judged(folder / SCORES, by)):
         records = [list(group) for _, group in groupby(read_generations(answers), key=itemgetter("prompt_index"))]
         chunks = {

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from prefopt.console import say
 from prefopt.errors import RecipeError, UserError
-from prefopt.judges import check_judge
+from prefopt.judges import check_judge, judge_facts
 from prefopt.procedures.inputs import sha256_of
 from prefopt.procedures.pairing import TEST, TRAIN, read_data, write_rows
 from prefopt.procedures.round_stages import answers_stage, data_stage, report_stage
@@ -107,10 +107,9 @@ def _judged_stage(recipe: Recipe, settings: OnlineSettings, number: int) -> Make
 
     def inputs() -> dict[str, Any]:
         manifests = sorted(answers.glob("*/manifest.json"))
-        return {"answers": {path.parent.name: sha256_of(path) for path in manifests}}
+        return {**judge_facts(settings.judge), "answers": {path.parent.name: sha256_of(path) for path in manifests}}
 
-    facts = {"judge": settings.judge}
-    return MakeStage(f"judged-{number}", folder, make, facts, on_every_rank=True, inputs=inputs)
+    return MakeStage(f"judged-{number}", folder, make, {}, on_every_rank=True, inputs=inputs)
 
 
 def _pairs_stage(recipe: Recipe, data: Path, settings: OnlineSettings, number: int) -> MakeStage:

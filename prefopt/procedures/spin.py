@@ -84,6 +84,8 @@ def spin(recipe: Recipe) -> Sequence[Stage]:
     settings = read_settings(SpinSettings, recipe, besides=("start",), defaults=PAPER)
     refuse_other_reference(recipe)
     refuse_no_data(recipe)
+    if recipe.model.from_scratch is not None and "start" not in recipe.procedure:
+        raise RecipeError("procedure.start: is missing. Random weights have no answers yet. Write start: {...}.")
     if not recipe.objective().paired_required:
         raise RecipeError("loss: SPIN compares two answers, and this loss reads single ones. Write loss: {name: dpo}.")
     whole, data, rounds = recipe, Path(recipe.output_dir) / "data", settings.rounds

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from prefopt.errors import RecipeError
+from prefopt.errors import RecipeError, UserError
 from prefopt.judges.command import CONSENT
 from prefopt.losses import load_plugin
 from prefopt.procedures import TrainStage, judging, make_plan, run_plan
@@ -181,3 +181,12 @@ def test_a_command_judges_a_run(tmp_path, monkeypatch):
     run_plan(make_plan(recipe_in(tmp_path, judge=f"{{command: [{sys.executable}, {program}]}}"))[:4])
     pairs = rows_of(tmp_path / "run" / "round-0" / "pairs" / "pairs.jsonl")
     assert pairs and all(len(row["chosen"]) > len(row["rejected"]) for row in pairs)
+
+
+def test_an_edited_judge_is_another_judge(tmp_path):
+    recipe = recipe_in(tmp_path)
+    run_plan(make_plan(recipe)[:3])
+    (tmp_path / "my_judge.py").write_text(JUDGE.replace("% 7", "% 5"))
+    load_plugin(tmp_path / "my_judge.py")
+    with pytest.raises(UserError, match="file: "):
+        run_plan(make_plan(recipe)[:3])

@@ -5,6 +5,9 @@ from __future__ import annotations
 import json
 import math
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,9 +22,11 @@ from prefopt.procedures.rounds import BETA
 from prefopt.procedures.spin import PAPER
 from prefopt.recipe import load_recipe
 from prefopt.reference.identity import identify
+from prefopt.reference.record import record_reference
 from tests.helpers import make_model, make_tokenizer
 from tests.procedures.spinning import prepare, rows_of, spin
 
+ROOT = Path(__file__).resolve().parents[2]
 WEIGHTS = "model.safetensors"
 
 
@@ -304,8 +309,7 @@ def test_a_round_against_another_opponent_is_refused(finished, tmp_path):
         (shutil.copytree if source.is_dir() else shutil.copy)(source, tmp_path / name)
     file = tmp_path / "recipe.yaml"
     file.write_text((finished.parent / "recipe.yaml").read_text().replace(str(finished.parent), str(tmp_path)))
-    record = run / "round-0" / "reference.json"
-    record.write_text(json.dumps({**json.loads(record.read_text()), "weights": "another"}))
+    record_reference(run / "round-0", identify(make_model(seed=9)), "another")
     (stage,) = [stage for stage in make_plan(load_recipe(file)) if stage.name == "answers-1"]
     assert isinstance(stage, MakeStage)
     with pytest.raises(UserError, match="its reference is not the model that made the answers"):
@@ -341,6 +345,14 @@ def test_old_pairs_are_scored_anew(finished):
     assert first["logratios/rejected"] == pytest.approx(0, abs=1e-4)
 
 
+def test_random_weights_need_a_start(tmp_path):
+    scratch = "{model_type: llama, vocab_size: 300, hidden_size: 16, num_hidden_layers: 1, num_attention_heads: 2}"
+    options = ("--model_name_or_path", "null", "--from_scratch", scratch)
+    with pytest.raises(RecipeError, match=r"procedure\.start: is missing"):
+        plan_of(tmp_path, "{name: spin}", *options)
+    assert plan_of(tmp_path, "{name: spin, start: {}}", *options)[1].name == "start"
+
+
 def test_many_epochs_at_a_small_beta_are_warned_of(tmp_path, capsys):
     options = ["--procedure", "{name: spin, rounds: 1, beta: 0.1, learning_rate: 1e-3, num_train_epochs: 6, "]
     options[1] += "max_new_tokens: 4}"
@@ -368,3 +380,21 @@ def test_a_supervised_start_reads_all_rows_and_the_rounds_a_part_of_them(tmp_pat
     assert counts == {"supervised": 12, "train": 5, "test": 3}
     results = json.loads((tmp_path / "run" / "start" / "results.json").read_text())
     assert results["data"]["train"]["kept"] == 12
+
+
+@pytest.mark.slow
+def test_two_ranks_sample_the_same_answers_and_train_the_same_models(finished, tmp_path):
+    """Rounds sample from models that agree up to rounding, so answers of round 1 might differ; here none does."""
+    file = prepare(tmp_path)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command = [*launch, "scripts/train.py", str(file), "--per_device_train_batch_size", "2"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    for number in range(2):
+        for shard in (finished / f"round-{number}" / "answers" / "own").glob("shard-*.jsonl"):
+            theirs = rows_of(tmp_path / "run" / f"round-{number}" / "answers" / "own" / shard.name)
+            assert [row["text"] for row in theirs] == [row["text"] for row in rows_of(shard)]
+    for folder in ("round-0", "."):
+        ours, theirs = (load_file(run / folder / WEIGHTS) for run in (finished, tmp_path / "run"))
+        for name, value in ours.items():
+            torch.testing.assert_close(theirs[name], value, atol=1e-4, rtol=0)
