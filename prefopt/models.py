@@ -9,6 +9,7 @@ from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
     AutoTokenizer,
     BitsAndBytesConfig,
     PreTrainedModel,
@@ -104,6 +105,17 @@ def load_model(name: str, *, dtype: str = "float32", **options: Any) -> Any:
         return AutoModelForCausalLM.from_pretrained(name, dtype=DTYPES[dtype], **options)
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"the model `{name}` could not be loaded: {_first_line(error)} {CHECK_NAME}") from error
+
+
+def load_reward_model(name: str, *, dtype: str = "auto") -> Any:
+    """The reward model at a local folder or a Hub name: a sequence classifier with one output. Raises `UserError`."""
+    try:
+        model = AutoModelForSequenceClassification.from_pretrained(name, dtype=DTYPES[dtype])
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"the reward model `{name}` could not be loaded: {_first_line(error)} {CHECK_NAME}") from error
+    if model.config.num_labels != 1:
+        raise UserError(f"the reward model `{name}` has {model.config.num_labels} outputs; a reward model has one")
+    return model
 
 
 def _load_adapter(name: str, dtype: str, options: dict[str, Any]) -> PeftModel:

@@ -86,6 +86,17 @@ def test_near_identical_pairs(tmp_path):
     assert margin > 1
 
 
+@pytest.mark.slow
+def test_spin_rounds(tmp_path):
+    """What holds whatever the seed: the models and their order in the table, and figures that are shares."""
+    out = run("spin_rounds", tmp_path)
+    for name in ("start ", "round 1 ", "round 3 ", "three more supervised epochs", "one round of six epochs"):
+        valid, sentences, likelihood = figures(out, name)[:3]
+        assert 0 <= valid <= sentences <= 1
+        assert -4 < likelihood < -0.5
+    assert len(re.findall("seen: ", out)) == 4
+
+
 def test_every_script_is_tested_and_says_how_to_run_it():
     tested = {name.removeprefix("test_") for name in globals() if name.startswith("test_")}
     for path in CLAIMS.glob("*.py"):

@@ -85,7 +85,8 @@ def parts_of(example: Example, targets: bool) -> dict[str, Any]:
 
 def content_id(example: Example, targets: bool) -> bytes:
     """SHA-256 of everything a draft reads of its example. The order of keys counts: a template may show it."""
-    said = [example.prompt, parts_of(example, targets), example.tools, example.chat_template_kwargs]
+    said: list[Any] = [example.prompt, parts_of(example, targets), example.tools, example.chat_template_kwargs]
+    said += [example.unfinished] if example.unfinished else []
     text = json.dumps(said, ensure_ascii=False, default=str)
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()
 
@@ -160,7 +161,10 @@ class Drafter:
             prompt = [*self._encoder.prefix, *prompts[str(example.prompt)]]
             if not prompt and self._bos is not None:
                 prompt = [self._bos]
-            answers = (self._ended(example, texts[text]) for text in self._answers(example).values())
+            answers = (
+                texts[text] if part in example.unfinished else self._ended(example, texts[text])
+                for part, text in self._answers(example).items()
+            )
             drafts[id(example)] = self._draft(example, prompt, ((ids, [True] * len(ids)) for ids in answers))
         return drafts
 

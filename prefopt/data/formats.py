@@ -56,8 +56,9 @@ MISSPELT = 0.85  # similarity above which an unknown column is taken for a missp
 class Example:
     """One pair (`chosen`, `rejected`) or one labelled answer (`completion`, `desirable`) to `prompt`.
 
-    All parts are texts, or all are lists of messages. `example_id` depends on these parts, `tools` and
-    `chat_template_kwargs`, and on nothing else; `columns` holds every other column of the row as it was read.
+    All parts are texts, or all are lists of messages. `unfinished` names the answers that were cut off and are read
+    without an end marker. `example_id` depends on these parts, `unfinished`, `tools` and `chat_template_kwargs`, and on
+    nothing else; `columns` holds every other column of the row as it was read.
     """
 
     example_id: str
@@ -68,6 +69,7 @@ class Example:
     desirable: bool | None = None
     tools: list[Any] | None = None
     chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
+    unfinished: tuple[str, ...] = ()
     columns: dict[str, Any] = field(default_factory=dict)
     where: Where = NOWHERE
 
@@ -89,7 +91,7 @@ class Example:
 
 def make_example(prompt: Part, *, where: Where, columns: dict[str, Any], **parts: Any) -> Example:
     """An example with its id: 16 hex digits of SHA-256 over the parts as canonical JSON, absent parts left out."""
-    said = {"prompt": prompt, **{name: value for name, value in parts.items() if value not in (None, {})}}
+    said = {"prompt": prompt, **{name: value for name, value in parts.items() if value not in (None, {}, ())}}
     text = json.dumps(said, sort_keys=True, ensure_ascii=False, separators=(",", ":"), default=str)
     example_id = hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]
     return Example(example_id, prompt, where=where, columns=columns, **parts)
@@ -99,30 +101,26 @@ def unpair(example: Example) -> tuple[Example, Example]:
     """A pair as two labelled answers, desirable first, each with the row's columns."""
     shared = {"tools": example.tools, "chat_template_kwargs": example.chat_template_kwargs}
     good, bad = (
-        make_example(example.prompt, completion=answer, desirable=desirable, where=example.where,
+        make_example(example.prompt, completion=getattr(example, side), desirable=desirable, where=example.where,
+                     unfinished=("completion",) if side in example.unfinished else (),
                      columns=dict(example.columns), **shared)
-        for answer, desirable in ((example.chosen, True), (example.rejected, False))
+        for side, desirable in (("chosen", True), ("rejected", False))
     )  # fmt: skip
     return good, bad
 
 
 class RowParser:
-    """Turns the rows of one source into examples. The first good row says how the source is written.
+    """Turns the rows of one source into examples. The first good row says how the source is written."""
 
-    `unlabelled`: an answer without a label is a good one, as in data to imitate.
-    """
-
-    def __init__(self, unlabelled: bool = False) -> None:
-        self._unlabelled = unlabelled
+    def __init__(self) -> None:
         self._format: Format | None = None
         self._first: Example | None = None
 
     def parse(self, row: RawRow) -> Example:
         """The row's example. Raises `BadRow` when the row breaks a rule, `DataError` when the source mixes kinds."""
         try:
-            values = _labelled(row.values) if self._unlabelled else row.values
-            format = find_format(values, self._format)
-            example = parse_row(values, format, row.where)
+            format = find_format(row.values, self._format)
+            example = parse_row(row.values, format, row.where)
         except Flaw as flaw:
             raise BadRow(flaw.at(row.where)) from None
         if self._format is None or self._first is None:
@@ -142,13 +140,6 @@ class RowParser:
         raise DataError(f"{problem} Split the file, and name the parts as entries of a mixture.")
 
 
-def _labelled(values: dict[str, Any]) -> dict[str, Any]:
-    """The row with the label it goes without."""
-    if "completion" not in values or "label" in values or _misspelt("label", values):
-        return values
-    return {**values, "label": True}
-
-
 # Which format
 
 
@@ -164,7 +155,7 @@ def find_format(values: dict[str, Any], expected: Format | None = None) -> Forma
     if expected and set(format.columns) < set(expected.columns):
         raise _missing(values, expected)
     if "prompt" not in format.columns:
-        _refuse_misspelt(values, "prompt")
+        refuse_misspelt(values, "prompt")
     return format
 
 
@@ -177,13 +168,14 @@ def _closest_format(values: dict[str, Any]) -> Format:
 
 def _missing(values: dict[str, Any], format: Format) -> Flaw:
     column = next(name for name in format.columns if name not in values)
-    _refuse_misspelt(values, column)
+    refuse_misspelt(values, column)
     present = ", ".join(f"`{name}`" for name in values) or "none"
     message = f"the column is missing from {format.name}; the row has {present}.{nearest(column, values)}"
     return Flaw("missing_column", message, column)
 
 
-def _refuse_misspelt(values: dict[str, Any], column: str) -> None:
+def refuse_misspelt(values: dict[str, Any], column: str) -> None:
+    """Raise `Flaw` for an unknown column that is nearly this one."""
     if found := _misspelt(column, values):
         raise Flaw("misspelt_column", f"the column is not known. Did you mean `{column}`?", found)
 
@@ -218,7 +210,8 @@ def parse_row(values: dict[str, Any], format: Format, where: Where) -> Example:
         said["desirable"] = _label(values["label"])
     said["tools"] = _tools(values.get("tools"), chat)
     said["chat_template_kwargs"] = _template_kwargs(values.get("chat_template_kwargs"), chat)
-    used = {*format.columns, "tools", "chat_template_kwargs"}
+    said["unfinished"] = _unfinished(values.get("unfinished"), format)
+    used = {*format.columns, "tools", "chat_template_kwargs", "unfinished"}
     columns = {name: value for name, value in values.items() if name not in used}
     return make_example(prompt, where=where, columns=columns, **said)
 
@@ -261,6 +254,15 @@ def _label(value: Any) -> bool:
     if not isinstance(value, (bool, int, float)) or value not in (0, 1):
         raise Flaw("bad_label", f"the label is {shown(value)}, neither true nor false", "label")
     return bool(value)
+
+
+def _unfinished(value: Any, format: Format) -> tuple[str, ...]:
+    if value is None:
+        return ()
+    if not isinstance(value, list) or not all(name in format.answers for name in value):
+        names = ", ".join(f"`{name}`" for name in format.answers)
+        raise Flaw("bad_unfinished", f"the value is {shown(value)}, not a list of answers ({names})", "unfinished")
+    return tuple(sorted(set(value)))
 
 
 def _tools(value: Any, chat: bool) -> list[Any] | None:

@@ -46,8 +46,8 @@ WEIGHT = "weight"
 class Preparation:
     """How raw rows become token rows: the tokenizer, the settings of a run, and what its losses declare.
 
-    `paired`: True when a loss compares two answers, None when any kind of row will do. `unlabelled`: no loss reads bad
-    answers, so a good one needs no label. `mismatched`: rows become single answers, each with a mismatched one.
+    `paired`: True when a loss compares two answers, None when any kind of row will do. `supervised`: every row is one
+    good answer, as no loss reads others. `mismatched`: rows become single answers, each with a mismatched one.
     `row_problem`: what a loss objects to in a row's columns. `say` receives the lines of the reports.
     `open_cache` gives the place where token ids are kept from one run to the next, or None.
     """
@@ -57,7 +57,7 @@ class Preparation:
     columns: tuple[str, ...] = ()
     optional_columns: tuple[str, ...] = ()
     paired: bool | None = None
-    unlabelled: bool = False
+    supervised: bool = False
     mismatched: bool = False
     row_problem: Callable[[Mapping[str, float]], str] = lambda columns: ""
     say: Callable[..., None] = print
@@ -75,8 +75,8 @@ class Preparation:
         """What the rows of a run with this objective must be."""
         paired = True if needs.paired_required else None
         columns = needs.columns, needs.optional_columns
-        unlabelled = not needs.all_completions
-        return cls(tokenizer, args, *columns, paired, unlabelled, needs.mismatched, needs.row_problem, say, open_cache)
+        supervised = not needs.all_completions
+        return cls(tokenizer, args, *columns, paired, supervised, needs.mismatched, needs.row_problem, say, open_cache)
 
     def train_and_test(self, spec: DataSpec) -> tuple[TokenDataset, TokenDataset | None]:
         """Training rows and, where the source has some or sets some aside, test rows; with the targets it names."""
@@ -98,7 +98,7 @@ class Preparation:
     def _targets(self, spec: DataSpec) -> TokenDataset:
         """The second stream: answers alone, of which no loss declares a column."""
         alone = replace(
-            self, columns=(), optional_columns=(), paired=None, unlabelled=True, row_problem=lambda columns: ""
+            self, columns=(), optional_columns=(), paired=None, supervised=True, row_problem=lambda columns: ""
         )
         loaded = load_examples(spec, **alone._rules())
         return alone.tokens(loaded.examples, loaded.report, "targets")
@@ -171,7 +171,7 @@ class Preparation:
             "on_bad_row": self.args.on_bad_row,
             "max_bad_rows": self.args.max_bad_rows,
             "paired": self.paired,
-            "unlabelled": self.unlabelled,
+            "supervised": self.supervised,
             "required_columns": self.columns,
             "optional_columns": (*self.optional_columns, WEIGHT),
             "special_tokens": self.tokenizer.all_special_tokens,

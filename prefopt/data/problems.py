@@ -47,6 +47,7 @@ ADVICE = {
     "out_of_range": "Write a number within the range.",
     "segment_bounds": "Count the assistant turns of the answer from 0 and stay below their number.",
     "bad_tools": "Write `tools` as a list of objects, or as the JSON text of one, beside messages.",
+    "bad_unfinished": "Write the names of the answers that were cut off, such as [rejected], or leave the column out.",
     "bad_template_kwargs": "Write `chat_template_kwargs` as an object, beside messages.",
 }
 

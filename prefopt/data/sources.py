@@ -15,8 +15,9 @@ from typing import Any, Literal, get_args
 from prefopt.data.columns import check_columns, check_row_columns, marker_pattern, notes_of
 from prefopt.data.formats import Example, RowParser, unpair
 from prefopt.data.opening import open_source
-from prefopt.data.problems import BadRow, DataReport, Flaw, Problem, Rows, SourceCount
+from prefopt.data.problems import BadRow, DataReport, Flaw, Problem, RawRow, Rows, SourceCount
 from prefopt.data.spec import DataSpec
+from prefopt.data.supervised import as_prompt, as_supervised
 from prefopt.errors import DataError, RecipeError, nearest
 
 PROGRESS_FROM = 20_000
@@ -37,14 +38,17 @@ class LoadRules:
 
     `on_bad_row`: "error" stops at the first bad row, "skip" leaves bad rows out and counts them, up to `max_bad_rows`.
     `paired`: True asks for pairs, False for labelled answers (pairs become two of them each), None takes what is there.
-    `unlabelled`: a single answer may go without a label, and is then a good one.
-    The columns are those the loss declares. `special_tokens` found inside the texts are counted in the report.
+    `supervised`: every row is one good answer, written in any of the ways `as_supervised` reads; of pairs the chosen
+    one is taken, and what is labelled undesirable is left out and counted. `prompts_only`: every row is a prompt with
+    a stand-in for its answer, whatever else it holds. The columns are those the loss declares.
+    `special_tokens` found inside the texts are counted in the report.
     """
 
     on_bad_row: OnBadRow = "error"
     max_bad_rows: int | None = None
     paired: bool | None = None
-    unlabelled: bool = False
+    supervised: bool = False
+    prompts_only: bool = False
     required_columns: Sequence[str] = ()
     optional_columns: Sequence[str] = ()
     special_tokens: Iterable[str] = ()
@@ -147,19 +151,24 @@ class _Loader:
             raise DataError(f"{problems[0]} An optional column stands in every row or in none.")
 
     def _read(self, rows: Rows, count: SourceCount) -> Iterator[Example]:
-        parser = RowParser(self.rules.unlabelled)
+        parser = RowParser()
         for row in rows:
             count.rows += 1
             if isinstance(row, Problem):
                 self._refuse(row, count)
                 continue
             try:
-                example = parser.parse(row)
+                example = parser.parse(self._written(row))
                 self._check_columns(example)
             except BadRow as bad:
                 self._refuse(bad.problem, count)
             else:
                 yield example
+
+    def _written(self, row: RawRow) -> RawRow:
+        if self.rules.prompts_only:
+            return as_prompt(row)
+        return as_supervised(row) if self.rules.supervised else row
 
     def _check_columns(self, example: Example) -> None:
         try:
@@ -186,6 +195,8 @@ class _Loader:
 
     def _shape(self, example: Example) -> tuple[Example, ...]:
         """The example as pairs or single answers, whichever is asked for; without a wish, all like the first."""
+        if self.rules.supervised:
+            return self._good_answer(example)
         if self._paired is None:
             self._paired = example.paired
         if self._paired is False and example.paired and self.rules.paired is False:
@@ -199,6 +210,13 @@ class _Loader:
                 f"Choose a loss that reads such rows{readers}, or other data."
             )
         return (example,)
+
+    def _good_answer(self, example: Example) -> tuple[Example, ...]:
+        answer = unpair(example)[0] if example.paired else example
+        if not answer.desirable:
+            self.report.add_note("undesirable_left_out", example.where)
+            return ()
+        return (answer,)
 
 
 def _draw(seed: int, key: object) -> bytes:

@@ -40,7 +40,8 @@ class RenderedAnswer(NamedTuple):
 
     `before` is what the whole conversation holds before the answer: the prompt, unless the template writes the prompt
     in another way once an answer follows. `pieces` run up to the last end marker; white space after it is left out.
-    `closed` tells whether the template itself marks the end of the last turn.
+    `closed` tells whether the template itself marks the end of the last turn. Of an unfinished answer they run up to
+    the end of its content, and it counts as closed: nothing is to be added.
     """
 
     before: str
@@ -108,9 +109,13 @@ class ChatRenderer:
             if message["role"] == "assistant":
                 opening = conversation.text(turn, generation_prompt=True) if turn else prompt
                 spans.append((conversation.start(whole, turn, opening), conversation.end(whole, turn)))
-                if spans[-1][0] >= spans[-1][1]:
-                    raise conversation.error("the chat template writes nothing for an assistant turn; is it empty?")
-        return RenderedAnswer(whole[: spans[0][0]], tuple(_pieces(whole, spans)), self._closed(conversation, whole))
+        if conversation.unfinished:
+            spans[-1] = (spans[-1][0], conversation.content_end(whole))
+        for start, end in spans:
+            if start >= end:
+                raise conversation.error("the chat template writes nothing for an assistant turn; is it empty?")
+        closed = conversation.unfinished or self._closed(conversation, whole)
+        return RenderedAnswer(whole[: spans[0][0]], tuple(_pieces(whole, spans)), closed)
 
     def _closed(self, conversation: _Conversation, whole: str) -> bool:
         last = len(conversation.answer) - 1
@@ -135,6 +140,11 @@ class _Conversation:
     example: Example
     part: str
     answer: list[Message]
+
+    @property
+    def unfinished(self) -> bool:
+        """Whether the answer was cut off."""
+        return self.part in self.example.unfinished
 
     def text(self, stop: int, *, generation_prompt: bool = False) -> str:
         """The prompt and the first `stop` messages of the answer."""
@@ -174,6 +184,14 @@ class _Conversation:
         if not whole.endswith(after) or not after.startswith(marker):
             raise self._untrusted("ends")
         return len(whole) - len(after) + len(marker)
+
+    def content_end(self, whole: str) -> int:
+        """Where the content of the last turn ends in the whole text, what the template writes after it left out."""
+        last = len(self.answer) - 1
+        around = self.around(last + 1, last, self.answer[last])
+        if around is None or not whole.endswith(around[1]):
+            raise self._untrusted("ends")
+        return len(whole) - len(around[1])
 
     def error(self, problem: str) -> DataError:
         """An error about this answer."""

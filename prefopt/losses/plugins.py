@@ -1,4 +1,7 @@
-"""A loss from a user's own file, `--plugin my_loss.py`: from then on it is a loss like any other."""
+"""A loss from a user's own file, `--plugin my_loss.py`: from then on it is a loss like any other.
+
+A file may also hold functions that a recipe names, such as a judge of answers.
+"""
 
 from __future__ import annotations
 
@@ -7,8 +10,10 @@ import importlib.util
 import os
 import sys
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
+from typing import Any, cast
 
 from prefopt.errors import UserError
 from prefopt.losses.registry import forget, registered_by
@@ -20,7 +25,7 @@ def load_plugin(path: str | os.PathLike[str]) -> list[str]:
     """Run a Python file and give the names of the losses it registered.
 
     Loading the same file again replaces its losses. `UserError` when the file is missing, does not run, or registers
-    nothing.
+    nothing; a file without any class may hold functions alone.
     """
     file = Path(path).expanduser().resolve()
     if not file.is_file():
@@ -28,7 +33,7 @@ def load_plugin(path: str | os.PathLike[str]) -> list[str]:
     module = _module(file)
     _run(module, file)
     found = registered_by(module.__name__)
-    if not found:
+    if not found and not _functions(module):
         raise UserError(
             f'plugin {file}: it registers no loss. Put @register("my_name"), from prefopt.losses, above the class.'
         )
@@ -39,6 +44,27 @@ def plugin_file(loss: type) -> Path | None:
     """The file of a loss that `load_plugin` read; None for a loss of this or of another installed package."""
     file = getattr(sys.modules.get(loss.__module__), "__file__", None)
     return Path(file) if file and loss.__module__.startswith(_PREFIX) else None
+
+
+def plugin_function(name: str) -> Callable[..., Any]:
+    """The function `rules.py:kindness` of a file that `load_plugin` has read. Raises `UserError` for any other."""
+    file, _, function = name.rpartition(":")
+    for module in list(sys.modules.values()):
+        path = getattr(module, "__file__", None)
+        if getattr(module, "__name__", "").startswith(_PREFIX) and path and Path(path).name == Path(file).name:
+            found = getattr(module, function, None)
+            if not callable(found):
+                raise UserError(f"plugin {path}: it has no function `{function}`")
+            return cast("Callable[..., Any]", found)
+    raise UserError(f"`{name}`: a recipe alone never imports code. Add --plugin {file or 'FILE.py'} to the command")
+
+
+def _functions(module: ModuleType) -> list[str]:
+    """Public functions of a module without a class: with one, a loss was meant and left unregistered."""
+    own = [value for value in vars(module).values() if getattr(value, "__module__", None) == module.__name__]
+    if any(isinstance(value, type) for value in own):
+        return []
+    return [value.__name__ for value in own if callable(value) and not value.__name__.startswith("_")]
 
 
 def _module(file: Path) -> ModuleType:

@@ -1,6 +1,6 @@
 """Procedures: plans of stages, and the runner that carries them out."""
 
-from prefopt.procedures import single, small_world, stepwise
+from prefopt.procedures import online, single, small_world, spin, stepwise
 from prefopt.procedures.runner import run_plan
 from prefopt.procedures.stage import MakeStage, Stage, TrainStage, make_plan, procedures
 
@@ -9,9 +9,11 @@ __all__ = [
     "Stage",
     "TrainStage",
     "make_plan",
+    "online",
     "procedures",
     "run_plan",
     "single",
     "small_world",
+    "spin",
     "stepwise",
 ]

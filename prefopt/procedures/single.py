@@ -25,9 +25,9 @@ def with_start(recipe: Recipe, start: dict[str, object]) -> list[Stage]:
     folder = f"{recipe.output_dir}/start"
     # A checkpoint that is named is one of the recipe's own run.
     resume = "never" if recipe.training.get("resume") == "never" else "auto"
-    plain = {"loss": {"name": "sft"}, "loss_weights": None, "reference": None, "use_peft": False, "resume": resume}
+    plain = {"loss": {"name": "sft"}, "loss_weights": None, "reference": None, "targets": None, "use_peft": False}
     supervised = recipe.replace(
-        {**plain, "push_to_hub": False, **start},
+        {**plain, "resume": resume, "push_to_hub": False, **start},
         output_dir=folder,
         procedure={},
     )

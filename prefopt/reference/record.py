@@ -53,6 +53,12 @@ def check_reference(folder: Path, identity: Identity) -> None:
         )
 
 
+def recorded_weights(folder: Path) -> str | None:
+    """The SHA-256 of the weights of a run's reference; None without a record. Raises `UserError` for a damaged one."""
+    path = folder / RECORD
+    return str(_read(path)["weights"]) if path.exists() else None
+
+
 def _read(path: Path) -> dict[str, Any]:
     try:
         body = json.loads(path.read_text(encoding="utf-8"))

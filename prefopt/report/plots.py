@@ -21,6 +21,7 @@ Points = tuple[list[float], list[float]]
 
 FOLDER = "plots"
 OVERVIEW = "overview.png"
+STEP = "optimizer step"
 MANY_POINTS = 50  # above this a line is hard to follow without smoothing
 DPI = 150
 
@@ -128,9 +129,26 @@ def save_levels(
     return _save(figure, target / f"{name}.png")
 
 
-def _panels_with_figures(metrics: Events) -> list[Panel]:
+def save_page(path: Path, panels: Sequence[Panel], metrics: Events, x_label: str) -> bool:
+    """Draw those panels that have figures on one page; `step` of an event is its place along `x_label`.
+
+    False where there is nothing to draw, or nothing to draw with.
+    """
+    drawn = _with_figures(panels, metrics)
+    if not drawn or importlib.util.find_spec("matplotlib") is None:
+        return False
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _save(_overview(drawn, metrics, x_label), path)
+    return True
+
+
+def _with_figures(panels: Sequence[Panel], metrics: Events) -> list[Panel]:
     present = {name for event in metrics for name, value in event.items() if isinstance(value, int | float)}
-    panels = [panel for panel in PANELS if any(_names(curve) & present for curve in panel.curves)]
+    return [panel for panel in panels if any(_names(curve) & present for curve in panel.curves)]
+
+
+def _panels_with_figures(metrics: Events) -> list[Panel]:
+    panels = _with_figures(PANELS, metrics)
     if any(panel.name == "logratios" for panel in panels):
         panels = [panel for panel in panels if panel.name != "rewards"]  # the same curves times beta
     return panels
@@ -140,12 +158,12 @@ def _names(curve: Curve) -> set[str]:
     return {curve.metric, f"eval_{curve.metric}"}
 
 
-def _overview(panels: list[Panel], metrics: Events) -> Figure:
+def _overview(panels: list[Panel], metrics: Events, x_label: str = STEP) -> Figure:
     columns = min(3, len(panels))
     rows = math.ceil(len(panels) / columns)
     figure, grid = _figure(rows, columns, (4.6 * columns, 3.1 * rows))
     for axes, panel in zip(grid, panels, strict=False):
-        _draw(axes, panel, metrics)
+        _draw(axes, panel, metrics, x_label)
     for axes in grid[len(panels) :]:
         axes.set_axis_off()
     return figure
@@ -166,9 +184,9 @@ def _save(figure: Figure, path: Path) -> Path:
     return path
 
 
-def _draw(axes: Axes, panel: Panel, metrics: Events) -> None:
+def _draw(axes: Axes, panel: Panel, metrics: Events, x_label: str = STEP) -> None:
     axes.set_title(panel.title, fontsize=11, fontweight="bold", loc="left")
-    axes.set_xlabel("optimizer step", fontsize=9)
+    axes.set_xlabel(x_label, fontsize=9)
     axes.set_ylabel(panel.unit, fontsize=9)
     _style(axes)
     if panel.level is not None:

@@ -70,7 +70,7 @@ def test_mistakes_are_refused_before_anything_runs(tmp_path, block, message):
 
 
 def test_known_procedures():
-    assert procedures() == ["single", "small_world", "stepwise"]
+    assert procedures() == ["online", "single", "small_world", "spin", "stepwise"]
 
 
 def test_an_adapter_on_random_weights_needs_a_start(tmp_path):
@@ -79,3 +79,12 @@ def test_an_adapter_on_random_weights_needs_a_start(tmp_path):
         plan(tmp_path, "use_peft: true\n")
     _, main = plan(tmp_path, "use_peft: true\nprocedure: {start: {}}\n")
     assert main.recipe.model.use_peft
+
+
+def test_the_shipped_spin_recipe_is_the_papers():
+    """Settings of the paper and of the authors' scripts: four rounds, the pairs of two, the last far closer."""
+    stages = [stage for stage in make_plan(load_recipe("spin")) if isinstance(stage, TrainStage)]
+    assert [stage.recipe.loss[0].knobs["beta"] for stage in stages] == [0.1, 0.1, 0.1, 5.0]
+    assert [stage.recipe.training["learning_rate"] for stage in stages] == [5e-7, 5e-7, 1e-7, 1e-7]
+    assert {stage.recipe.training["num_train_epochs"] for stage in stages} == {2.0}
+    assert {stage.recipe.training["optim"] for stage in stages} == {"rmsprop"}

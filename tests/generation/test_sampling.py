@@ -36,6 +36,25 @@ def test_same_seed_same_answers_other_seed_other_answers(model, tokenizer):
     assert first != other
 
 
+def test_prompts_of_the_same_distribution_have_answers_of_their_own(model, tokenizer):
+    """A model that reads nothing would answer all prompts alike, were their random numbers the same."""
+    with torch.no_grad():
+        model.lm_head.weight.zero_()
+    answers = sample(model, tokenizer, samples_per_prompt=1)
+    assert len({tuple(answer.token_ids) for answer in answers}) == len(PROMPTS)
+
+
+@pytest.mark.parametrize("cut", [{"temperature": 1e-4}, {"top_p": 1e-6}])
+def test_a_cut_to_the_likeliest_token_is_greedy(model, tokenizer, cut):
+    greedy = sample(model, tokenizer, temperature=0)
+    assert [answer.token_ids for answer in sample(model, tokenizer, **cut)] == [answer.token_ids for answer in greedy]
+
+
+def test_a_prompt_without_room_is_refused(model, tokenizer):
+    with pytest.raises(UserError, match=r"max_new_tokens: the longest prompt has .* passes the model's 512 positions"):
+        sample(model, tokenizer, max_new_tokens=505)
+
+
 def test_answers_come_in_the_order_of_the_prompts_and_differ(model, tokenizer):
     answers = sample(model, tokenizer, samples_per_prompt=3)
     assert [answer.prompt_index for answer in answers] == [0, 0, 0, 1, 1, 1, 2, 2, 2]

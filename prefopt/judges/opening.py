@@ -1,0 +1,60 @@
+"""From the `judge` block of a recipe to a judge."""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from prefopt.errors import RecipeError, nearest
+from prefopt.judges.base import Judge
+from prefopt.judges.command import CommandJudge
+from prefopt.judges.endpoint import EndpointJudge
+from prefopt.judges.function import FunctionJudge
+from prefopt.judges.reward import RewardJudge
+from prefopt.losses.plugins import plugin_function
+
+_KINDS: dict[str, tuple[type, tuple[str, ...]]] = {
+    "function": (FunctionJudge, ()),
+    "command": (CommandJudge, ("seconds",)),
+    "reward_model": (RewardJudge, ("dtype", "batch_size", "max_length")),
+    "endpoint": (
+        EndpointJudge,
+        ("model", "criterion", "key_variable", "workers", "retries", "seconds", "max_tokens", "prices"),
+    ),
+}
+
+
+def check_judge(block: Any) -> dict[str, Any]:
+    """The block, after refusing with `RecipeError` what no judge reads. Opens nothing."""
+    if not isinstance(block, Mapping):
+        raise RecipeError("procedure.judge: is missing. Write judge: {reward_model: NAME}, or another of its kinds.")
+    kinds = [name for name in _KINDS if name in block]
+    if len(kinds) != 1:
+        raise RecipeError(f"procedure.judge: needs one of {', '.join(_KINDS)}, and has {len(kinds)}.")
+    known = _KINDS[kinds[0]][1]
+    for name in block:
+        if name not in (kinds[0], *known):
+            reads = ", ".join((kinds[0], *known))
+            raise RecipeError(f"procedure.judge.{name}: not read.{nearest(name, known)} It reads {reads}.")
+    if "model" in known and not block.get("model"):
+        raise RecipeError("procedure.judge.model: is missing. Write the name the endpoint knows its model by.")
+    return dict(block)
+
+
+def judge_facts(block: Mapping[str, Any]) -> dict[str, Any]:
+    """What decides on a judge's scores: its settings, and the file of a function. Raises `UserError` without it."""
+    if "function" not in block:
+        return {"judge": dict(block)}
+    file = sys.modules[plugin_function(str(block["function"])).__module__].__file__
+    return {"judge": dict(block), "file": hashlib.sha256(Path(str(file)).read_bytes()).hexdigest()}
+
+
+def open_judge(block: Mapping[str, Any]) -> Judge:
+    """The judge of a block. Raises `UserError` where it cannot be had."""
+    settings = check_judge(block)
+    kind = next(name for name in _KINDS if name in settings)
+    judge: Judge = _KINDS[kind][0](settings.pop(kind), **settings)
+    return judge

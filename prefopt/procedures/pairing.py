@@ -1,0 +1,80 @@
+"""Rows on their way through a procedure with rounds: the data's own answers, and pairs with sampled ones."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from prefopt.data.formats import Example
+from prefopt.data.messages import check_not_empty, check_text
+from prefopt.data.problems import Flaw, Where
+from prefopt.report.results import write_whole
+
+TRAIN, TEST, SUPERVISED, FIGURES = "train.jsonl", "test.jsonl", "supervised.jsonl", "figures.json"
+
+
+def read_data(path: Path) -> list[Example]:
+    """The examples whose rows `write_data` wrote to a file, in their order; `completion` is None for a prompt alone."""
+    rows = map(json.loads, path.read_text(encoding="utf-8").splitlines())
+    return [
+        Example(
+            "",
+            row["prompt"],
+            completion=row.get("completion"),
+            desirable=True,
+            tools=row.get("tools"),
+            chat_template_kwargs=row.get("chat_template_kwargs") or {},
+            where=Where(str(path), number, number + 1),
+        )
+        for number, row in enumerate(rows)
+    ]
+
+
+def write_rows(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+    """Write rows as JSON lines, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(path, "".join(json.dumps(row) + "\n" for row in rows))
+
+
+def write_figures(folder: Path, figures: Mapping[str, Any]) -> None:
+    """Write the figures of a stage, for the report of all rounds."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_whole(folder / FIGURES, json.dumps(figures, indent=1) + "\n")
+
+
+def prompt_row(example: Example) -> dict[str, Any]:
+    """The prompt of an example as a row."""
+    return {"prompt": example.prompt, **_besides(example)}
+
+
+def answer_row(example: Example) -> dict[str, Any]:
+    """An example as a row: its prompt and its good answer."""
+    return {"prompt": example.prompt, "completion": example.completion, "label": True, **_besides(example)}
+
+
+def pair_row(example: Example, chosen: Any, rejected: Any, **columns: Any) -> dict[str, Any]:
+    """A row of preference data with the prompt of an example."""
+    return {"prompt": example.prompt, "chosen": chosen, "rejected": rejected, **_besides(example), **columns}
+
+
+def as_answer(example: Example, text: str) -> Any:
+    """A sampled text as an answer of the example's own kind."""
+    return text if isinstance(example.prompt, str) else [{"role": "assistant", "content": text}]
+
+
+def usable(text: str) -> bool:
+    """Whether a data set may hold an answer: it has a visible character and nothing that is no text."""
+    try:
+        check_not_empty("answer", text)
+        check_text("answer", text)
+    except Flaw:
+        return False
+    return True
+
+
+def _besides(example: Example) -> dict[str, Any]:
+    """What a conversation's template reads beside its messages."""
+    said = {"tools": example.tools, "chat_template_kwargs": example.chat_template_kwargs or None}
+    return {name: value for name, value in said.items() if value is not None}

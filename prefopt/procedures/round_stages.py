@@ -1,0 +1,92 @@
+"""The stages that procedures with rounds have in common: the data, the answers of each round's model, the report."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from accelerate.utils import release_memory
+
+from prefopt.console import say
+from prefopt.procedures.inputs import sampled, sha256_of
+from prefopt.procedures.pairing import SUPERVISED, TEST
+from prefopt.procedures.rounds import (
+    OWN,
+    RoundSettings,
+    answers_folder,
+    data_from,
+    model_folder,
+    start_recipe,
+)
+from prefopt.procedures.single import with_start
+from prefopt.procedures.stage import MakeStage, Stage
+
+if TYPE_CHECKING:
+    from prefopt.recipe import Recipe
+
+
+def data_stage(recipe: Recipe, data: Path, settings: RoundSettings, *, answers: bool) -> MakeStage:
+    """The stage that writes the prompts of the recipe's data, with their `answers` or alone."""
+
+    def make() -> Any:
+        from prefopt.procedures.answers import write_data
+
+        counts = write_data(recipe, data, settings, answers=answers)
+        say("data: " + ", ".join(f"{count:,} rows in {data / name}" for name, count in counts.items()))
+        return counts
+
+    facts = {
+        "data": asdict(recipe.data),
+        "seed": recipe.training.get("seed"),
+        "prompts": settings.prompts,
+        "eval_prompts": settings.eval_prompts,
+    }
+    files = recipe.data.local_files
+    return MakeStage("data", data, make, facts, inputs=lambda: {"files": {str(f): sha256_of(f) for f in files()}})
+
+
+def answers_stage(recipe: Recipe, data: Path, settings: RoundSettings, number: int) -> MakeStage:
+    """The stage in which the model that round `number` starts from answers the prompts and is measured."""
+    own, folder = start_recipe(recipe, number, settings.rounds), answers_folder(recipe, number)
+
+    def make() -> Any:
+        from prefopt.procedures.answers import check_opponent, sample_answers, seed_of
+
+        if number:
+            before = answers_folder(recipe, number - 1) / OWN
+            check_opponent(before, model_folder(recipe, number - 1, settings.rounds))
+        release_memory()  # of the training before
+        sampling = settings.sampling(number, seed_of(recipe))
+        figures = sample_answers(own, data, folder, sampling, settings, train=number < settings.rounds)
+        release_memory()  # for the training after
+        return figures
+
+    def inputs() -> dict[str, Any]:
+        name = str(own.model.model_name_or_path)
+        model = sampled(Path(name)) if Path(name).is_dir() else name
+        return {"model": model, "data": {file.name: sha256_of(file) for file in sorted(data.glob("*.jsonl"))}}
+
+    facts = {**asdict(settings.sampling(number, 0)), "seed": recipe.training.get("seed")}
+    return MakeStage(f"answers-{number}", folder, make, facts, on_every_rank=True, inputs=inputs)
+
+
+def report_stage(recipe: Recipe, settings: RoundSettings, title: str) -> MakeStage:
+    """The stage that lays the figures of all rounds side by side."""
+    folder = Path(recipe.output_dir) / "report"
+
+    def make() -> Any:
+        from prefopt.procedures.answers import report
+
+        recipe.dump(folder / "recipe.yaml")  # that of the run folder is the last round's alone
+        return report(recipe, settings, folder, title)
+
+    return MakeStage("report", folder, make, {"rounds": settings.rounds})
+
+
+def supervised_start(recipe: Recipe, data: Path) -> tuple[Stage, Recipe]:
+    """A supervised stage on the data's own answers, and the recipe with the model it leaves."""
+    files = {"train": str(data / SUPERVISED), **({"test": str(data / TEST)} if recipe.evaluates else {})}
+    given = dict(recipe.procedure["start"] or {})
+    start, _ = with_start(recipe.replace(data_from(files)), given)
+    return start, recipe.replace(model_name_or_path=str(start.folder), from_scratch=None, model_revision=None)

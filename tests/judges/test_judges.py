@@ -1,0 +1,193 @@
+"""Judges of every kind: what they are asked, what they say, and how they fail."""
+
+from __future__ import annotations
+
+import re
+import sys
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForSequenceClassification
+
+from prefopt.errors import RecipeError, UserError
+from prefopt.judges import check_judge, open_judge
+from prefopt.judges.command import CONSENT
+from prefopt.losses import load_plugin
+from tests.helpers import make_tokenizer
+from tests.judges.server import Endpoint
+
+ANSWERS = [" a cat", " a", " a cat sat on a mat"]
+COMMAND = """
+import json, sys
+for line in sys.stdin:
+    asked = json.loads(line)
+    print(json.dumps({"scores": [len(answer) for answer in asked["answers"]]}), flush=True)
+"""
+
+
+def longer(question: str) -> str:
+    """A judge that likes the longer answer."""
+    first, second = re.search(r"\[Answer A\]\n(.*)\n\n\[Answer B\]\n(.*)\n\nReply", question, re.DOTALL).groups()
+    return "A" if len(first) > len(second) else "B" if len(second) > len(first) else "T"
+
+
+@pytest.fixture
+def endpoint():
+    server = Endpoint(longer)
+    yield server
+    server.close()
+
+
+def judge_at(endpoint: Endpoint, **settings):
+    judge = open_judge({"endpoint": endpoint.url, "model": "m", **settings})
+    judge._wait = 0.001
+    return judge
+
+
+@pytest.mark.parametrize(
+    ("block", "said"),
+    [
+        (None, "procedure.judge: is missing"),
+        ({}, "needs one of function, command, reward_model, endpoint, and has 0"),
+        ({"function": "a:b", "command": "x"}, "has 2"),
+        ({"endpoint": "http://x", "modle": "m"}, "Did you mean `model`"),
+        ({"endpoint": "http://x"}, "procedure.judge.model: is missing"),
+    ],
+)
+def test_blocks_that_are_no_judge_are_refused(block, said):
+    with pytest.raises(RecipeError, match=re.escape(said)):
+        check_judge(block)
+
+
+def test_a_function_of_a_plugin_that_was_named(tmp_path):
+    file = tmp_path / "rules_of_mine.py"
+    file.write_text("def length(prompt, answer):\n    return len(answer)\n")
+    with pytest.raises(UserError, match=r"a recipe alone never imports code. Add --plugin rules_of_mine\.py"):
+        open_judge({"function": "rules_of_mine.py:length"})
+    assert load_plugin(file) == []
+    assert open_judge({"function": "rules_of_mine.py:length"}).scores("p", ANSWERS) == [6, 2, 19]
+    with pytest.raises(UserError, match="has no function `width`"):
+        open_judge({"function": "rules_of_mine.py:width"})
+
+
+@pytest.mark.parametrize("body", ["return None", "return float('nan')", "raise KeyError('x')"])
+def test_a_function_that_gives_no_number_is_named(tmp_path, body):
+    file = tmp_path / f"bad_{abs(hash(body))}.py"
+    file.write_text(f"def score(prompt, answer):\n    {body}\n")
+    load_plugin(file)
+    with pytest.raises(UserError, match=rf"judge {file.name}:score: "):
+        open_judge({"function": f"{file.name}:score"}).scores("p", ANSWERS)
+
+
+def test_a_class_that_was_not_registered_is_still_a_mistake(tmp_path):
+    file = tmp_path / "forgot.py"
+    file.write_text("class MyLoss:\n    pass\ndef helper():\n    pass\n")
+    with pytest.raises(UserError, match="registers no loss"):
+        load_plugin(file)
+
+
+def test_a_command_is_asked_line_by_line_and_only_with_consent(tmp_path, monkeypatch):
+    (tmp_path / "judge.py").write_text(COMMAND)
+    block = {"command": [sys.executable, str(tmp_path / "judge.py")]}
+    with pytest.raises(UserError, match=f"set {CONSENT}=1"):
+        open_judge(block)
+    monkeypatch.setenv(CONSENT, "1")
+    judge = open_judge(block)
+    assert [judge.scores("p", ANSWERS), judge.scores([{"role": "user", "content": "p"}], ["b"])] == [[6, 2, 19], [1]]
+
+
+@pytest.mark.parametrize(
+    ("program", "said"),
+    [
+        ("print('hello')", "wrote 'hello"),
+        ("print('{\"scores\": [1]}')", r"wrote \[1.0\] for 3 answers"),
+        ("print('{\"scores\": [1, 2, NaN]}')", "for 3 answers"),
+        ("raise SystemExit(3)", "ended with status 3"),
+        ("import time; time.sleep(60)", "after 0.5 s without a line"),
+    ],
+)
+def test_a_command_that_fails_is_told(program, said, monkeypatch):
+    monkeypatch.setenv(CONSENT, "1")
+    with pytest.raises(UserError, match=said):
+        open_judge({"command": [sys.executable, "-c", program], "seconds": 0.5}).scores("p", ANSWERS)
+
+
+def test_a_command_that_is_not_there(monkeypatch):
+    monkeypatch.setenv(CONSENT, "1")
+    with pytest.raises(UserError, match="does not start"):
+        open_judge({"command": ["no-such-program-anywhere"]})
+
+
+def reward_model(folder, labels: int = 1):
+    tokenizer = make_tokenizer()
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4, vocab_size=len(tokenizer),
+        num_labels=labels, pad_token_id=tokenizer.pad_token_id,
+    )  # fmt: skip
+    LlamaForSequenceClassification(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.mark.parametrize("prompt", ["the cat", [{"role": "user", "content": "the cat"}]])
+def test_a_reward_models_scores_are_its_own_whatever_the_batch(tmp_path, prompt):
+    name = reward_model(tmp_path)
+    together = open_judge({"reward_model": name, "dtype": "float32"}).scores(prompt, ANSWERS)
+    alone = open_judge({"reward_model": name, "dtype": "float32", "batch_size": 1}).scores(prompt, ANSWERS)
+    assert together == pytest.approx(alone, abs=1e-5)
+    tokenizer, model = make_tokenizer(), LlamaForSequenceClassification.from_pretrained(name)
+    text = prompt + ANSWERS[0] if isinstance(prompt, str) else f"<s><|user|>the cat<|assistant|>{ANSWERS[0]}</s>"
+    with torch.no_grad():
+        logits = model(**tokenizer(text, return_tensors="pt", add_special_tokens=isinstance(prompt, str))).logits
+    assert together[0] == pytest.approx(float(logits), abs=1e-5)
+
+
+def test_a_classifier_is_no_reward_model(tmp_path):
+    with pytest.raises(UserError, match="has 3 outputs; a reward model has one"):
+        open_judge({"reward_model": reward_model(tmp_path, labels=3)})
+
+
+def test_an_endpoint_compares_every_two_answers_in_both_orders(endpoint, monkeypatch):
+    monkeypatch.setenv("MY_KEY", "s3cret")
+    judge = judge_at(endpoint, key_variable="MY_KEY", prices=[1.0, 10.0], criterion="The longer one wins.")
+    assert judge.scores("p", ANSWERS) == [0.5, 0.0, 1.0]
+    assert len(endpoint.requests) == 6
+    assert {request["path"] for request in endpoint.requests} == {"/v1/chat/completions"}
+    assert all("The longer one wins." in request["messages"][0]["content"] for request in endpoint.requests)
+    assert endpoint.keys == {"Bearer s3cret"}
+    assert judge.summary == "6 calls (0 again), 600 tokens in, 12 out, 0.0007 dollars"
+
+
+def test_a_judge_that_likes_the_first_place_prefers_nobody(endpoint):
+    endpoint.verdict = lambda question: "A"
+    assert judge_at(endpoint).scores("p", ANSWERS) == [0.5, 0.5, 0.5]
+
+
+def test_a_tie_and_an_unclear_reply_count_one_half(endpoint):
+    endpoint.verdict = lambda question: "Tie"
+    judge = judge_at(endpoint)
+    assert judge.scores("p", ANSWERS[:2]) == [0.5, 0.5]
+    assert "2 replies without a verdict" in judge.summary
+
+
+def test_an_endpoint_is_asked_again_when_it_is_busy(endpoint):
+    endpoint.faults = [429, 503, 500]
+    judge = judge_at(endpoint, workers=1)
+    assert judge.scores("p", ANSWERS[:2]) == [1.0, 0.0]
+    assert judge.summary.startswith("5 calls (3 again)")
+
+
+@pytest.mark.parametrize(
+    ("faults", "settings", "said"),
+    [([401] * 9, {}, "refuses with status 401"), ([503] * 9, {"retries": 2}, "no answer after 3 calls.*status 503")],
+)
+def test_an_endpoint_that_stays_away_is_told(endpoint, faults, settings, said):
+    endpoint.faults = faults
+    with pytest.raises(UserError, match=said):
+        judge_at(endpoint, workers=1, **settings).scores("p", ANSWERS[:2])
+
+
+def test_an_endpoint_is_an_address():
+    with pytest.raises(UserError, match="is no address"):
+        open_judge({"endpoint": "localhost", "model": "m"})
