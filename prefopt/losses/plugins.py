@@ -49,7 +49,7 @@ def plugin_file(loss: type) -> Path | None:
 def plugin_function(name: str) -> Callable[..., Any]:
     """The function `rules.py:kindness` of a file that `load_plugin` has read. Raises `UserError` for any other."""
     file, _, function = name.rpartition(":")
-    for module in list(sys.modules.values()):
+    for module in reversed(list(sys.modules.values())):  # of two files of one name, the one that was read last
         path = getattr(module, "__file__", None)
         if getattr(module, "__name__", "").startswith(_PREFIX) and path and Path(path).name == Path(file).name:
             found = getattr(module, function, None)
@@ -78,6 +78,7 @@ def _module(file: Path) -> ModuleType:
 
 def _run(module: ModuleType, file: Path) -> None:
     # Type hints of the knobs are looked up in sys.modules, so the module must be there before its classes are made.
+    sys.modules.pop(module.__name__, None)
     sys.modules[module.__name__] = module
     try:
         assert module.__spec__ is not None and module.__spec__.loader is not None

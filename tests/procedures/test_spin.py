@@ -382,6 +382,18 @@ def test_a_supervised_start_reads_all_rows_and_the_rounds_a_part_of_them(tmp_pat
     assert results["data"]["train"]["kept"] == 12
 
 
+def test_an_adapter_goes_on_and_its_start_is_the_reference(tmp_path):
+    """Not the base with the adapter off, which is the reference of the first round alone."""
+    adapter = ("--use_peft", "true", "--lora_r", "4", "--lora_dropout", "0.0", "--lora_target_modules", "[q_proj]")
+    spin(prepare(tmp_path), *adapter)
+    run = tmp_path / "run"
+    first = identify(load_model(str(run / "round-0"))).weights
+    assert json.loads((run / "reference.json").read_text())["weights"] == first
+    shards = (run / "round-1" / "answers" / "own").glob("shard-*.jsonl")
+    assert {row["model"] for shard in shards for row in rows_of(shard)} == {first}
+    assert events(run, "rewards/margins")[0] == pytest.approx(0, abs=1e-4)
+
+
 @pytest.mark.slow
 def test_two_ranks_sample_the_same_answers_and_train_the_same_models(finished, tmp_path):
     """Rounds sample from models that agree up to rounding, so answers of round 1 might differ; here none does."""

@@ -87,6 +87,9 @@ def test_an_old_part_is_noticed_and_rewritten(tmp_path, monkeypatch, capsys):
     assert (new.startswith("before\n"), new.endswith("\nafter\n")) == (True, True)
 
 
+OF_PROCEDURES = {"spin_rounds"}  # claims of how a model is trained over several rounds, not of a loss
+
+
 def test_evidence_is_of_losses_and_tests_that_there_are():
     evidence = json.loads(readme.EVIDENCE.read_text())
     cases = [*test_against_trl.WITH_REFERENCE, *test_against_trl.WITHOUT_REFERENCE, test_against_trl.KTO]
@@ -95,7 +98,7 @@ def test_evidence_is_of_losses_and_tests_that_there_are():
     claims = {script for found in evidence.values() for script, _, _ in found.get("claims", ())}
     scripts = {path.stem: path.read_text() for path in (readme.ROOT / "examples/claims").glob("*.py")}
     judged = {name for name, text in scripts.items() if re.search(r"^from common import .*\bconclude\b", text, re.M)}
-    assert judged and judged <= claims <= scripts.keys()
+    assert judged and judged - OF_PROCEDURES <= claims <= scripts.keys()
     assert evidence.keys() <= set(names())
 
 
