@@ -56,6 +56,15 @@ def test_kto_against_dpo(tmp_path):
     assert figures(out, "best possible")[0] > dpo
 
 
+def test_easy_to_hard(tmp_path):
+    out = run("easy_to_hard", tmp_path)
+    gain, drift, _ = figures(out, "all at once")
+    for way in ("easy to hard", "hard to easy", "random halves"):
+        found, drifted, at_once = figures(out, way)
+        assert drifted > drift  # every reference moves
+        assert found == pytest.approx(at_once, abs=0.02) and found == pytest.approx(gain, abs=0.1)
+
+
 def test_frontier(tmp_path):
     """Only that it runs, to the table, the verdicts and the curves: what it shows takes an hour."""
     out = run("frontier", tmp_path, "--quick")
