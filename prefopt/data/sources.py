@@ -17,6 +17,7 @@ from prefopt.data.formats import Example, RowParser, unpair
 from prefopt.data.opening import open_source
 from prefopt.data.problems import BadRow, DataReport, Flaw, Problem, Rows, SourceCount
 from prefopt.data.spec import DataSpec
+from prefopt.data.turns import SEGMENTS, check_turns
 from prefopt.errors import DataError, RecipeError, nearest
 
 PROGRESS_FROM = 20_000
@@ -37,7 +38,8 @@ class LoadRules:
 
     `on_bad_row`: "error" stops at the first bad row, "skip" leaves bad rows out and counts them, up to `max_bad_rows`.
     `paired`: True asks for pairs, False for labelled answers (pairs become two of them each), None takes what is there.
-    The columns are those the loss declares. `special_tokens` found inside the texts are counted in the report.
+    The columns are those the loss declares. `unequal_segments`: the two sides of a pair may count different numbers of
+    assistant turns. `special_tokens` found inside the texts are counted in the report.
     """
 
     on_bad_row: OnBadRow = "error"
@@ -45,6 +47,7 @@ class LoadRules:
     paired: bool | None = None
     required_columns: Sequence[str] = ()
     optional_columns: Sequence[str] = ()
+    unequal_segments: bool = False
     special_tokens: Iterable[str] = ()
 
     def __post_init__(self) -> None:
@@ -162,6 +165,8 @@ class _Loader:
     def _check_columns(self, example: Example) -> None:
         try:
             check_row_columns(example, self.rules.required_columns, self.rules.optional_columns)
+            if SEGMENTS in (*self.rules.required_columns, *self.rules.optional_columns) and example.paired:
+                check_turns(example, unequal=self.rules.unequal_segments)
         except Flaw as flaw:
             raise BadRow(flaw.at(example.where)) from None
 
