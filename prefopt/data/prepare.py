@@ -75,9 +75,18 @@ class Preparation:
     ) -> Preparation:
         """What the rows of a run with this objective must be."""
         paired = True if needs.paired_required else None
-        columns = needs.columns, needs.optional_columns
-        about = paired, needs.mismatched, needs.turns, needs.row_problem
-        return cls(tokenizer, args, *columns, *about, say, open_cache)
+        return cls(
+            tokenizer,
+            args,
+            columns=needs.columns,
+            optional_columns=needs.optional_columns,
+            paired=paired,
+            mismatched=needs.mismatched,
+            turns=needs.turns,
+            row_problem=needs.row_problem,
+            say=say,
+            open_cache=open_cache,
+        )
 
     def train_and_test(self, spec: DataSpec) -> tuple[TokenDataset, TokenDataset | None]:
         """Training rows and, where the source has some or sets some aside, test rows."""

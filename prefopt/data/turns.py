@@ -7,7 +7,6 @@ scored. So the turn of each token follows from the mask, in every layout and aft
 from __future__ import annotations
 
 import math
-from numbers import Real
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -89,7 +88,7 @@ def check_turn_weights(example: Example, name: str, value: Any) -> None:
 
 
 def _is_weight(value: Any) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value) and value >= 0
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value) and value >= 0
 
 
 def check_turns(example: Example, *, unequal: bool = False) -> None:
