@@ -92,6 +92,8 @@ def _parser() -> argparse.ArgumentParser:
 
     _add_cache(commands.add_parser("cache", help="list, check or clear the stored reference scores"))
 
+    _add_segments(commands.add_parser("segments", help="make pairs of segments from pairs of whole conversations"))
+
     push = commands.add_parser("push", help="send a run folder, an adapter or a checkpoint to the Hub")
     push.add_argument("folder")
     push.add_argument("--repo", metavar="NAME", help="NAME or USER/NAME; else where the run pushed to")
@@ -124,6 +126,22 @@ def _add_cache(cache: argparse.ArgumentParser) -> None:
         action.add_argument(
             "--store", metavar="DIR", help="the store's folder (default: $PREFOPT_STORE, else in the user's cache)"
         )
+
+
+def _add_segments(segments: argparse.ArgumentParser) -> None:
+    actions = segments.add_subparsers(title="actions", required=True, metavar="ACTION")
+    build = actions.add_parser("build", help="cut each pair where it parts and where its segment ends")
+    build.add_argument("data", nargs="+", help="files with whole conversations in `chosen` and `rejected`")
+    build.add_argument(
+        "--select",
+        default="to_end",
+        metavar="RULE",
+        help="single_turn, fixed:N (turns of the assistant), to_end (the default), given (columns start_message and "
+        "end_message), judged:COLUMN (a judge's JSON answer), or FILE.py:FUNCTION",
+    )
+    build.add_argument("--out", required=True, metavar="FILE", help="the .jsonl file to write")
+    build.add_argument("--on_bad_row", choices=("error", "skip"), default="error")
+    build.set_defaults(run=_segments_build)
 
 
 def _train(options: argparse.Namespace, overrides: list[str]) -> None:
@@ -174,7 +192,7 @@ def _evaluate(options: argparse.Namespace, rest: list[str]) -> None:
     from prefopt.report.results import write_whole
 
     say(starting_line(asked))
-    file = _writable(options.json) if options.json and _is_first_rank() else None
+    file = _writable(options.json, "--json") if options.json and _is_first_rank() else None
     result = evaluate_files(
         options.model,
         options.data,
@@ -224,6 +242,18 @@ def _cache_gc(options: argparse.Namespace, rest: list[str]) -> None:
         print("nothing to delete")
 
 
+def _segments_build(options: argparse.Namespace, rest: list[str]) -> None:
+    from prefopt.data import DataSpec
+    from prefopt.data.segments import as_json_lines, build_segments, selector_of
+    from prefopt.report.results import write_whole
+
+    file = _writable(options.out, "--out")
+    source, select = DataSpec(data_files=options.data), selector_of(options.select)
+    rows, report = build_segments(source, select, on_bad_row=options.on_bad_row)
+    write_whole(file, as_json_lines(rows))
+    print("\n".join([*report.lines(), f"written to {file}"]))
+
+
 def _push(options: argparse.Namespace, rest: list[str]) -> None:
     from prefopt.hub.command import push_folder
 
@@ -236,13 +266,13 @@ def _push(options: argparse.Namespace, rest: list[str]) -> None:
     )
 
 
-def _writable(name: str) -> Path:
-    """The file to write, its folder made beforehand: an evaluation is not lost for want of a place."""
+def _writable(name: str, option: str) -> Path:
+    """The file to write, its folder made beforehand: what was worked out is not lost for want of a place."""
     file = Path(name)
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"--json: {file} cannot be written: {error.strerror}. Name another file.") from error
+        raise UserError(f"{option}: {file} cannot be written: {error.strerror}. Name another file.") from error
     return file
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from prefopt import cli
 from prefopt.data import DataSpec, load_examples
 from prefopt.data.judge import BadBounds, check_bounds, parse_bounds
 from prefopt.data.segments import Parted, build_segments, cut, first_difference, selector_of
@@ -227,3 +228,17 @@ def test_a_function_of_the_users(tmp_path):
 def test_other_names_are_refused_with_the_known_ones(name):
     with pytest.raises(UserError, match=r"write single_turn, fixed:N, to_end"):
         selector_of(name)
+
+
+def test_the_command(tmp_path, capsys):
+    file = tmp_path / "sessions.jsonl"
+    file.write_text(json.dumps({"chosen": WON, "rejected": LOST, "score_chosen": 9}) + "\n")
+    out = tmp_path / "new" / "pairs.jsonl"
+    assert cli.main(["segments", "build", str(file), "--select", "fixed:2", "--out", str(out)]) == 0
+    said_so = capsys.readouterr().out.splitlines()
+    assert said_so[0] == "1 of 1 pairs made, 0 bad rows" and said_so[-1] == f"written to {out}"
+    (row,) = (json.loads(line) for line in out.read_text().splitlines())
+    assert texts(row) == ("s0 u1 a1 u2", "a2 u3 a3", "ab2 uv3 ab3") and row["score_chosen"] == 9
+    assert cli.main(["segments", "build", str(file), "--select", "given", "--out", str(out)]) == 2
+    assert "no_bounds: 1" in capsys.readouterr().err
+    assert json.loads(out.read_text()) == row  # what was there is left
