@@ -92,6 +92,13 @@ def _parser() -> argparse.ArgumentParser:
 
     _add_cache(commands.add_parser("cache", help="list, check or clear the stored reference scores"))
 
+    inspect = commands.add_parser(
+        "inspect",
+        help="show one row as a loss reads it: roles, scored tokens, segments, log-ratios",
+        description=_OVERRIDES,
+        allow_abbrev=False,
+    )
+    _add_inspect(inspect)
     _add_segments(commands.add_parser("segments", help="make pairs of segments from pairs of whole conversations"))
 
     push = commands.add_parser("push", help="send a run folder, an adapter or a checkpoint to the Hub")
@@ -102,7 +109,7 @@ def _parser() -> argparse.ArgumentParser:
     push.add_argument("--dry_run", action="store_true", help="list what would be sent, and send nothing")
     push.set_defaults(run=_push)
 
-    for command in (train, explain, losses):
+    for command in (train, explain, losses, inspect):
         command.add_argument(
             "--plugin", action="append", default=[], metavar="FILE", help="a Python file with a loss of your own"
         )
@@ -126,6 +133,15 @@ def _add_cache(cache: argparse.ArgumentParser) -> None:
         action.add_argument(
             "--store", metavar="DIR", help="the store's folder (default: $PREFOPT_STORE, else in the user's cache)"
         )
+
+
+def _add_inspect(inspect: argparse.ArgumentParser) -> None:
+    inspect.add_argument("recipe", help="a YAML file, or the name of a recipe that comes with the package")
+    inspect.add_argument("row", type=int, help="the row, counted from 0")
+    inspect.add_argument("--split", default="train", help="train (the default), or another split of the data")
+    inspect.add_argument("--model", metavar="PATH", help="a trained model: log-ratios and KL of each token as well")
+    inspect.add_argument("--html", type=Path, metavar="FILE", help="write a page instead of printing")
+    inspect.set_defaults(run=_inspect, takes_overrides=True)
 
 
 def _add_segments(segments: argparse.ArgumentParser) -> None:
@@ -240,6 +256,14 @@ def _cache_gc(options: argparse.Namespace, rest: list[str]) -> None:
         print(f"left {path}: a process computes for it")
     if not done.removed:
         print("nothing to delete")
+
+
+def _inspect(options: argparse.Namespace, overrides: list[str]) -> None:
+    from prefopt.inspect.command import inspect_command
+
+    file = None if options.html is None else _writable(str(options.html), "--html")
+    _load_plugins(options)
+    inspect_command(options.recipe, options.row, overrides, split=options.split, model=options.model, html=file)
 
 
 def _segments_build(options: argparse.Namespace, rest: list[str]) -> None:
