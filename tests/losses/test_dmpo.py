@@ -139,3 +139,11 @@ def test_the_weights_of_the_segment_say_the_same():
 def test_bad_knobs(knobs, message):
     with pytest.raises(RecipeError, match=message):
         make("dmpo", **knobs)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_answers_of_one_batch_are_weighed_each_by_its_own_number_of_turns(form):
+    """At the end of the range, where the weight has a formula of its own."""
+    short, long = ([[1.0]] * 2, [[0.0]] * 2), ([[1.0]] * 5, [[0.0]] * 5)
+    together = run(make("dmpo", gamma=1.0, turn_weight=form), conversation(*short, more=(long,))).metrics
+    assert together["rewards/chosen"].tolist() == pytest.approx([0.1 * 1.5, 0.1 * 3.0], rel=1e-14)

@@ -147,3 +147,12 @@ def test_a_loss_that_names_segments_must_read_turns_of_pairs():
     for wrong in ({"turns": False}, {"turns": True, "view": "completions"}):
         with pytest.raises(UserError, match="are about the turns of a pair; say turns=True"):
             Needs(**wrong, optional_columns=("segments",))
+
+
+def test_a_tokens_own_weight_is_multiplied_by_that_of_its_turn():
+    micro = random_micro(weighted=True)
+    scores = micro.scores
+    found = run(make("segment_dpo", beta=1.0), micro).metrics
+    terms = scores.token_weight * scores.segment * (scores.logp - scores.ref_logp).detach()
+    totals = torch.zeros(8, dtype=torch.float64).index_add(0, scores.sequence, terms)
+    torch.testing.assert_close(torch.cat([found["rewards/chosen"], found["rewards/rejected"]]), totals)
