@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from prefopt.errors import Stopped, UserError
+from prefopt.row_commands import add_commands
 
 _OVERRIDES = "Any setting of the recipe can be given as --key value, --key=value or --loss.beta value; it wins."
 _STDOUT = 1
@@ -92,14 +93,7 @@ def _parser() -> argparse.ArgumentParser:
 
     _add_cache(commands.add_parser("cache", help="list, check or clear the stored reference scores"))
 
-    inspect = commands.add_parser(
-        "inspect",
-        help="show one row as a loss reads it: roles, scored tokens, segments, log-ratios",
-        description=_OVERRIDES,
-        allow_abbrev=False,
-    )
-    _add_inspect(inspect)
-    _add_segments(commands.add_parser("segments", help="make pairs of segments from pairs of whole conversations"))
+    add_commands(commands)
 
     push = commands.add_parser("push", help="send a run folder, an adapter or a checkpoint to the Hub")
     push.add_argument("folder")
@@ -109,7 +103,7 @@ def _parser() -> argparse.ArgumentParser:
     push.add_argument("--dry_run", action="store_true", help="list what would be sent, and send nothing")
     push.set_defaults(run=_push)
 
-    for command in (train, explain, losses, inspect):
+    for command in (train, explain, losses):
         command.add_argument(
             "--plugin", action="append", default=[], metavar="FILE", help="a Python file with a loss of your own"
         )
@@ -133,31 +127,6 @@ def _add_cache(cache: argparse.ArgumentParser) -> None:
         action.add_argument(
             "--store", metavar="DIR", help="the store's folder (default: $PREFOPT_STORE, else in the user's cache)"
         )
-
-
-def _add_inspect(inspect: argparse.ArgumentParser) -> None:
-    inspect.add_argument("recipe", help="a YAML file, or the name of a recipe that comes with the package")
-    inspect.add_argument("row", type=int, help="the row, counted from 0")
-    inspect.add_argument("--split", default="train", help="train (the default), or another split of the data")
-    inspect.add_argument("--model", metavar="PATH", help="a trained model: log-ratios and KL of each token as well")
-    inspect.add_argument("--html", type=Path, metavar="FILE", help="write a page instead of printing")
-    inspect.set_defaults(run=_inspect, takes_overrides=True)
-
-
-def _add_segments(segments: argparse.ArgumentParser) -> None:
-    actions = segments.add_subparsers(title="actions", required=True, metavar="ACTION")
-    build = actions.add_parser("build", help="cut each pair where it parts and where its segment ends")
-    build.add_argument("data", nargs="+", help="files with whole conversations in `chosen` and `rejected`")
-    build.add_argument(
-        "--select",
-        default="to_end",
-        metavar="RULE",
-        help="single_turn, fixed:N (turns of the assistant), to_end (the default), given (columns start_message and "
-        "end_message), judged:COLUMN (a judge's JSON answer), or FILE.py:FUNCTION",
-    )
-    build.add_argument("--out", required=True, metavar="FILE", help="the .jsonl file to write")
-    build.add_argument("--on_bad_row", choices=("error", "skip"), default="error")
-    build.set_defaults(run=_segments_build)
 
 
 def _train(options: argparse.Namespace, overrides: list[str]) -> None:
@@ -208,7 +177,7 @@ def _evaluate(options: argparse.Namespace, rest: list[str]) -> None:
     from prefopt.report.results import write_whole
 
     say(starting_line(asked))
-    file = _writable(options.json, "--json") if options.json and _is_first_rank() else None
+    file = _writable(options.json) if options.json and _is_first_rank() else None
     result = evaluate_files(
         options.model,
         options.data,
@@ -258,26 +227,6 @@ def _cache_gc(options: argparse.Namespace, rest: list[str]) -> None:
         print("nothing to delete")
 
 
-def _inspect(options: argparse.Namespace, overrides: list[str]) -> None:
-    from prefopt.inspect.command import inspect_command
-
-    file = None if options.html is None else _writable(str(options.html), "--html")
-    _load_plugins(options)
-    inspect_command(options.recipe, options.row, overrides, split=options.split, model=options.model, html=file)
-
-
-def _segments_build(options: argparse.Namespace, rest: list[str]) -> None:
-    from prefopt.data import DataSpec
-    from prefopt.data.segments import as_json_lines, build_segments, selector_of
-    from prefopt.report.results import write_whole
-
-    file = _writable(options.out, "--out")
-    source, select = DataSpec(data_files=options.data), selector_of(options.select)
-    rows, report = build_segments(source, select, on_bad_row=options.on_bad_row)
-    write_whole(file, as_json_lines(rows))
-    print("\n".join([*report.lines(), f"written to {file}"]))
-
-
 def _push(options: argparse.Namespace, rest: list[str]) -> None:
     from prefopt.hub.command import push_folder
 
@@ -290,13 +239,13 @@ def _push(options: argparse.Namespace, rest: list[str]) -> None:
     )
 
 
-def _writable(name: str, option: str) -> Path:
-    """The file to write, its folder made beforehand: what was worked out is not lost for want of a place."""
+def _writable(name: str) -> Path:
+    """The file to write, its folder made beforehand: an evaluation is not lost for want of a place."""
     file = Path(name)
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"{option}: {file} cannot be written: {error.strerror}. Name another file.") from error
+        raise UserError(f"--json: {file} cannot be written: {error.strerror}. Name another file.") from error
     return file
 
 

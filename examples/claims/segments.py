@@ -189,6 +189,8 @@ def write(folder: Path, size: Size) -> None:
 def compare(seeds: int, size: Size) -> None:
     """Print the table over seeds, and what of the paper's claims was seen."""
     found: dict[str, list[dict[str, float]]] = {name: [] for name in ("base model", *WAYS)}
+    out = Path("runs/segments/segments.json")
+    out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
         for seed in range(seeds):
             base, tokenizer = base_model(seed, size, folder)
@@ -198,8 +200,7 @@ def compare(seeds: int, size: Size) -> None:
             for name, way in WAYS.items():
                 model = trained(base, tokenizer, way, pairs, size, folder)
                 found[name].append(measures(model, base, tokenizer, size, seed))
-    Path("runs/segments").mkdir(parents=True, exist_ok=True)
-    Path("runs/segments/segments.json").write_text(json.dumps(found, indent=2))
+            out.write_text(json.dumps(found, indent=2))
     show(["", *MEASURES.values()],
          [[name, *(told([run[key] for run in runs]) for key in MEASURES)] for name, runs in found.items()])  # fmt: skip
     sales, talk = (
