@@ -7,7 +7,7 @@ An agent of the small social world is cloned from an expert that is often wrong,
 paired with a sale that goes on from before the first wrong turn. The same pairs then train the same model for as many
 steps by the single turn, by a fixed number of turns, by the turns that decided, by all turns to the end, and by DMPO;
 and with unequal segments, which the paper saw collapse. Measured on new partners: sales, the KL to the base model in
-small talk and in the deciding turns, and turns that are still of the agent's language. About four minutes a seed.
+small talk and in the deciding turns, and turns that are still of the agent's language. About five minutes a seed.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ SHAPE = {
     "max_position_embeddings": 256,
 }
 PLAIN = {
-    "lr_scheduler_type": "constant",
+    "lr_scheduler_type": "linear",
     "save_strategy": "no",
     "report_to": "none",
     "disable_tqdm": True,
@@ -55,6 +55,7 @@ PLAIN = {
     "activation_checkpointing": False,
     "seed": 0,
 }
+RATE = 5e-5  # at six times this rate every way loses sales: the mass of the wrong acts goes to words that are no acts
 LANGUAGE = {*TALK, *ACTS.values(), *ANSWERS.values()}
 
 
@@ -63,9 +64,9 @@ class Size:
     """How much of everything."""
 
     sessions: int = 4000
-    epochs: int = 4
-    pairs: int = 400
-    steps: int = 60
+    epochs: int = 6
+    pairs: int = 800
+    steps: int = 80
     partners: int = 400
 
 
@@ -130,7 +131,7 @@ def trained(
 ) -> PreTrainedModel:  # fmt: skip
     """The base model after so many steps of one way."""
     settings = PreferenceConfig(
-        folder, learning_rate=3e-4, per_device_train_batch_size=32, max_steps=size.steps, allow_unequal_segments=True,
+        folder, learning_rate=RATE, per_device_train_batch_size=32, max_steps=size.steps, allow_unequal_segments=True,
         reference={"source": "live"}, **PLAIN,
     )  # fmt: skip
     trainer = PreferenceTrainer(

@@ -21,7 +21,7 @@ ACTS = {"angry": "apologise", "curious": "explain", "rushed": "summarise", "shy"
 ANSWERS = {"price": "discount", "colour": "samples", "safety": "certificate", "delivery": "courier"}
 TOPICS = "weather football music garden traffic holidays cinema cooking".split()
 TALK = "indeed lovely quite maybe certainly often rather pleasant today always really nice".split()
-SKILL = 0.55  # how often the expert that the agent learns from takes the right act
+SKILL = 0.6  # how often the expert that the agent learns from takes the right act
 
 Message = dict[str, str]
 
