@@ -14,6 +14,7 @@ from pathlib import Path
 from prefopt.errors import Stopped, UserError
 from prefopt.exit_status import leave_status
 from prefopt.reference.command import add_cache
+from prefopt.row_commands import add_commands
 
 _OVERRIDES = "Any setting of the recipe can be given as --key value, --key=value or --loss.beta value; it wins."
 _STDOUT = 1
@@ -109,6 +110,8 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.set_defaults(run=_evaluate)
 
     add_cache(commands.add_parser("cache", help="list, check or clear the stored reference scores"))
+
+    add_commands(commands)
 
     push = commands.add_parser("push", help="send a run folder, an adapter or a checkpoint to the Hub")
     push.add_argument("folder")

@@ -303,6 +303,10 @@ class PreferenceConfig(TrainingArguments):
             "never, or a folder."
         },
     )
+    allow_unequal_segments: bool = field(
+        default=False,
+        metadata={"help": "Let the two sides of a pair count different numbers of assistant turns."},
+    )
     on_bad_row: str = field(
         default="error",
         metadata={"help": "A malformed row: error stops, skip counts it.", "choices": list(CHOICES["on_bad_row"])},

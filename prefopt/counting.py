@@ -53,6 +53,7 @@ def count_rows(recipe: Recipe) -> Rows:
             supervised=not objective.all_completions,
             required_columns=objective.columns,
             optional_columns=(*objective.optional_columns, WEIGHT),
+            unequal_segments=settings.get("allow_unequal_segments", False),
         )
         refuse_rows(train.examples, (*objective.columns, *objective.optional_columns), objective.row_problem)
     except UserError as error:

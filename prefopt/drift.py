@@ -55,7 +55,7 @@ FREE = frozenset((
     "ddp_static_graph", "ddp_backend", "ddp_timeout", "fsdp", "fsdp_config", "deepspeed", "accelerator_config",
     "parallelism_config",
     # what only decides whether a run is refused
-    "on_bad_row", "max_bad_rows", "max_dropped", "self_check",
+    "on_bad_row", "max_bad_rows", "max_dropped", "self_check", "allow_unequal_segments",
     # the model, the loss and the reference are facts of their own, and speak better for themselves
     "model_init_kwargs", "loss_weights", "reference",
 ))  # fmt: skip

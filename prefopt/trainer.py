@@ -41,6 +41,7 @@ from prefopt.predictions import Predictions
 from prefopt.referencing import attach, begin_training, open_reference_scores, score_both
 from prefopt.scoring import TokenScores
 from prefopt.scoring.modes import evaluating
+from prefopt.scoring.scores import OF_TURNS
 from prefopt.token_budget import split_step
 from prefopt.token_cache import preparation
 
@@ -177,7 +178,8 @@ class PreferenceTrainer(DurableTrainer):
         """Policy and reference scores of the tokens of a batch that is on the device."""
         statistics = dict.fromkeys(("logp", "entropy", *self.objective.statistics))
         scores = score_both(model, self.reference, self.objective.reference, batch, tuple(statistics))
-        return TokenScores(batch["size"], batch["sequence"], **scores)
+        known = {name: batch[name] for name in OF_TURNS if name in batch}
+        return TokenScores(batch["size"], batch["sequence"], **scores, **known)
 
     def compute_loss(
         self, model: nn.Module, inputs: Batch, return_outputs: bool = False, num_items_in_batch: Any = None

@@ -87,6 +87,18 @@ def test_frontier(tmp_path):
 
 
 @pytest.mark.slow
+def test_segments(tmp_path):
+    """Only that it runs, to the table and the verdicts: what it shows takes a quarter of an hour."""
+    out = run("segments", tmp_path, "--quick")
+    runs = json.loads((tmp_path / "runs/segments/segments.json").read_text())
+    assert all(f"\n{name} " in out for name in runs) and len(runs) == 10
+    base, *others = (found[0] for found in runs.values())
+    assert base["talk_kl"] == pytest.approx(0, abs=1e-6)
+    assert all(0 < other["talk_kl"] < 1 for other in others)
+    assert len(re.findall(r"^(?:not )?seen: ", out, re.MULTILINE)) == 4
+
+
+@pytest.mark.slow
 def test_near_identical_pairs(tmp_path):
     out = run("near_identical_pairs", tmp_path)
     (dpo, fell, margin), (dpop, kept, _) = (figures(out, name) for name in ("dpo ", "dpop, penalty 5 "))
@@ -109,6 +121,6 @@ def test_spin_rounds(tmp_path):
 def test_every_script_is_tested_and_says_how_to_run_it():
     tested = {name.removeprefix("test_") for name in globals() if name.startswith("test_")}
     for path in CLAIMS.glob("*.py"):
-        if path.stem not in ("common", "reviews"):
+        if path.stem not in ("common", "reviews", "social"):
             assert path.stem in tested
             assert f"python examples/claims/{path.name} [--seeds " in path.read_text()

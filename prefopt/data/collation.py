@@ -16,6 +16,7 @@ import torch
 
 from prefopt.data.answers import TARGET, prompt_of
 from prefopt.data.layout import Completion, lay_out
+from prefopt.data.turns import turn_of_tokens
 
 Row = Mapping[str, Any]
 Batch = dict[str, Any]
@@ -32,14 +33,15 @@ class Collator:
     prompt), `source` `[M]` (index into the flattened `R*T` hidden states that predicts the token), `target` `[M]`,
     `sequence` `[M]` (completion), `columns` (`{name: [B]}`), `row` `[B]` (position in the source), and the numbers
     `paired`, `size`, `desirable_size`, `desirable_tokens`, `target_size`, `target_tokens` and `tokens` (of all
-    completions, each with its prompt).
-    `reading` is `{name: (sum, count)}` of what the layout makes of these: `padding`, the share of positions that hold
-    no token, and `unique_tokens`, those a row of the data brings, with what is shared counted once. Rows that carry
-    their reference scores add `ref_logp` `[M]`, and those that know where more of it is stored `reference` `[M, D]`;
-    with `mismatched` a batch of the same rows, each prompt before the answer it was matched with, lies beside under
-    that name. Unpaired rows are put in the order of their completions. With `all_completions=False` only chosen
-    (desirable) ones are laid out; with `targets` the targets of pairs as well. `masks_padding` False leaves
-    `attention_mask` out of plain rows: padding comes last, where no token of a causal model sees it.
+    completions, each with its prompt). With `turns` there is `turn` `[M]`, the assistant turn of each token, and for
+    rows with segments `segment` `[M]`, what that turn weighs; targets weigh 1. `reading` is `{name: (sum, count)}` of
+    what the layout makes of these: `padding`, the share of positions that hold no token, and `unique_tokens`, those a
+    row of the data brings, with what is shared counted once. Rows that carry their reference scores add `ref_logp`
+    `[M]`, and those that know where more of it is stored `reference` `[M, D]`; with `mismatched` a batch of the same
+    rows, each prompt before the answer it was matched with, lies beside under that name. Unpaired rows are put in the
+    order of their completions. With `all_completions=False` only chosen (desirable) ones are laid out; with `targets`
+    the targets of pairs as well. `masks_padding` False leaves `attention_mask` out of plain rows: padding comes last,
+    where no token of a causal model sees it.
     """
 
     pad_token_id: int = 0
@@ -47,6 +49,7 @@ class Collator:
     all_completions: bool = True
     targets: bool = False
     mismatched: bool = False
+    turns: bool = False
     columns: tuple[str, ...] = ()
     pad_to_multiple_of: int = 1
     shared: bool = False
@@ -61,6 +64,8 @@ class Collator:
         lengths = [int(completion.scored.sum()) for completion in completions]
         batch["sequence"] = torch.from_numpy(np.repeat(np.arange(len(completions)), lengths))
         batch["columns"] = {name: torch.tensor([row["columns"][name] for row in rows]) for name in self.columns}
+        if self.turns:
+            batch |= _of_turns(completions)
         known = [completion.ref_logp for completion in completions if completion.ref_logp is not None]
         if known and len(known) == len(completions):
             batch["ref_logp"] = torch.from_numpy(np.concatenate(known))
@@ -101,6 +106,16 @@ class Collator:
         return batch
 
 
+def _of_turns(completions: Sequence[Completion]) -> Batch:
+    turns = [turn_of_tokens(completion.scored) for completion in completions]
+    batch: Batch = {"turn": torch.from_numpy(np.concatenate([np.zeros(0, dtype=np.int64), *turns]))}
+    if any(completion.segment is not None for completion in completions):
+        weights = [np.ones(len(c.ids), np.float32) if c.segment is None else c.segment for c in completions]
+        scored = [weight[c.scored] for weight, c in zip(weights, completions, strict=True)]
+        batch["segment"] = torch.from_numpy(np.concatenate(scored))
+    return batch
+
+
 def row_length(row: Row, rejected: bool = True) -> int:
     """Tokens of a row's answers, each with its prompt: what the backbone reads of it in the plain layout."""
     return sum(prompt + answer for prompt, answer in _lengths(row, rejected))
@@ -130,4 +145,5 @@ def _mismatched(row: Row) -> Row:
 
 def _completion(row: Row, side: str) -> Completion:
     prompt, ids, scored = map(np.asarray, (prompt_of(row, side), row[f"{side}_ids"], row[f"{side}_scored"]))
-    return Completion(prompt, ids, scored, row.get(f"{side}_ref_logp"), row.get(f"{side}_reference"))
+    known = (row.get(f"{side}_{name}") for name in ("ref_logp", "reference", "segment"))
+    return Completion(prompt, ids, scored, *known)

@@ -12,6 +12,7 @@ from prefopt.data.answers import TARGET
 from prefopt.data.formats import Example, Part
 from prefopt.data.messages import check_answer, check_messages, check_not_empty, check_text, contents
 from prefopt.data.problems import Flaw, Problem, kind_of, shown
+from prefopt.data.turns import SEGMENT_COLUMNS, SEGMENTS, TURN_WEIGHTS, check_segments, check_turn_weights
 from prefopt.errors import DataError, nearest
 
 
@@ -55,7 +56,7 @@ def refuse_rows(
     examples: Iterable[Example], declared: Sequence[str], row_problem: Callable[[Mapping[str, float]], str]
 ) -> None:
     """`DataError` for the first row whose numbers, of the declared columns, a loss objects to."""
-    numbers = [name for name in declared if name != TARGET]
+    numbers = [name for name in declared if name not in (TARGET, *SEGMENT_COLUMNS)]
     for example in examples:
         present = {name: example.columns[name] for name in numbers if example.columns.get(name) is not None}
         if problem := row_problem(present):
@@ -98,30 +99,12 @@ def target_of(example: Example) -> Part:
     raise Flaw("wrong_type", f"the value is {kind_of(value)}; the row's answers are {kind}", TARGET)
 
 
-def _check_segments(example: Example, name: str, value: Any) -> None:
-    """`n` (the first n assistant turns of both answers) or `{"chosen": [turns], "rejected": [turns]}`, from 0."""
-    sides = {"chosen": example.chosen, "rejected": example.rejected}
-    if isinstance(value, int) and not isinstance(value, bool):
-        value = {side: [value - 1] for side in sides}
-    if not isinstance(value, dict) or value.keys() != sides.keys():
-        message = "the value is neither a number of turns nor lists of turns for `chosen` and `rejected`"
-        raise Flaw("segment_bounds", message, name)
-    for side, turns in value.items():
-        count = _assistant_turns(sides[side])
-        if not isinstance(turns, list) or not turns or not all(turn in range(count) for turn in turns):
-            message = f"{shown(turns)} lies outside `{side}`, which has {count} assistant turns"
-            raise Flaw("segment_bounds", message, name)
-
-
-def _assistant_turns(part: Part | None) -> int:
-    return sum(message["role"] == "assistant" for message in part) if isinstance(part, list) else 1
-
-
 COLUMN_CHECKS: dict[str, Callable[[Example, str, Any], None]] = {
     "preference": _check_between(0.0, 1.0),
     "weight": _check_between(0.0, math.inf),
     TARGET: _check_target,
-    "segments": _check_segments,
+    SEGMENTS: check_segments,
+    TURN_WEIGHTS: check_turn_weights,
 }
 
 

@@ -12,6 +12,7 @@ import numpy as np
 
 from prefopt.data.answers import TARGET, answer_id, sides_in
 from prefopt.data.collation import Row, row_length, row_width
+from prefopt.data.turns import SEGMENTS
 from prefopt.errors import DataError
 
 
@@ -64,13 +65,17 @@ class TokenDataset:
         for row, ids in zip(self.rows, self.answer_ids, strict=True):
             rest = [row.get("desirable"), sorted(row["columns"].items())]
             digest.update(repr([sorted(ids.items()), *rest]).encode())
+            for side in sides_in(row):
+                if f"{side}_segment" in row:
+                    digest.update(np.asarray(row[f"{side}_segment"]).astype("<f4").tobytes())
         return digest.hexdigest()
 
     @property
     def columns(self) -> tuple[str, ...]:
         """Names of the columns every row carries beside prompt, answers and label."""
         target = (TARGET,) if f"{TARGET}_ids" in self.rows[0] else ()
-        return (*self.rows[0]["columns"], *target)
+        segments = (SEGMENTS,) if "chosen_segment" in self.rows[0] else ()
+        return (*self.rows[0]["columns"], *target, *segments)
 
     def __len__(self) -> int:
         return len(self.rows)

@@ -24,13 +24,14 @@ Arrays = dict[str, np.ndarray]
 
 @dataclass(frozen=True)
 class Completion:
-    """An answer and the prompt before it; `scored` `[n]` says which of its tokens count."""
+    """An answer and the prompt before it; `scored` `[n]` says which of its tokens count, `segment` `[n]` how much."""
 
     prompt: np.ndarray
     ids: np.ndarray
     scored: np.ndarray
     ref_logp: np.ndarray | None
     reference: Any  # numbers that stay in a store, with `read`; None where there are none
+    segment: np.ndarray | None = None
 
 
 @dataclass(frozen=True)

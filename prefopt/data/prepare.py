@@ -17,6 +17,7 @@ from prefopt.data.sources import load_examples, load_train_test
 from prefopt.data.spec import DataSpec
 from prefopt.data.targets import with_targets
 from prefopt.data.tokenization import OpenCache, TokenSettings, no_cache, tokenize_examples
+from prefopt.data.turns import SEGMENTS
 from prefopt.errors import DataError, RecipeError
 
 if TYPE_CHECKING:
@@ -33,6 +34,7 @@ class Needs(Protocol):
     paired_required: bool
     all_completions: bool
     mismatched: bool
+    turns: bool
 
     def row_problem(self, columns: Mapping[str, float]) -> str:
         """Why a row with these columns cannot be trained on; empty when it can."""
@@ -47,9 +49,9 @@ class Preparation:
     """How raw rows become token rows: the tokenizer, the settings of a run, and what its losses declare.
 
     `paired`: True when a loss compares two answers, None when any kind of row will do. `supervised`: every row is one
-    good answer, as no loss reads others. `mismatched`: rows become single answers, each with a mismatched one.
-    `row_problem`: what a loss objects to in a row's columns. `say` receives the lines of the reports.
-    `open_cache` gives the place where token ids are kept from one run to the next, or None.
+    good answer, as no loss reads others. `mismatched`: rows become single answers, each with a mismatched one. `turns`:
+    some loss reads the assistant's turns. `row_problem`: what a loss objects to in a row's columns. `say` receives the
+    lines of the reports. `open_cache` gives the place where token ids are kept from one run to the next, or None.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -59,6 +61,7 @@ class Preparation:
     paired: bool | None = None
     supervised: bool = False
     mismatched: bool = False
+    turns: bool = False
     row_problem: Callable[[Mapping[str, float]], str] = lambda columns: ""
     say: Callable[..., None] = print
     open_cache: OpenCache = no_cache
@@ -74,9 +77,19 @@ class Preparation:
     ) -> Preparation:
         """What the rows of a run with this objective must be."""
         paired = True if needs.paired_required else None
-        columns = needs.columns, needs.optional_columns
-        supervised = not needs.all_completions
-        return cls(tokenizer, args, *columns, paired, supervised, needs.mismatched, needs.row_problem, say, open_cache)
+        return cls(
+            tokenizer,
+            args,
+            columns=needs.columns,
+            optional_columns=needs.optional_columns,
+            paired=paired,
+            supervised=not needs.all_completions,
+            mismatched=needs.mismatched,
+            turns=needs.turns,
+            row_problem=needs.row_problem,
+            say=say,
+            open_cache=open_cache,
+        )
 
     def train_and_test(self, spec: DataSpec) -> tuple[TokenDataset, TokenDataset | None]:
         """Training rows and, where the source has some or sets some aside, test rows; with the targets it names."""
@@ -132,7 +145,8 @@ class Preparation:
             paired=sample.paired,
             all_completions=needs.all_completions,
             mismatched=self.mismatched,
-            columns=tuple(name for name in sample.columns if name != TARGET),
+            turns=self.turns,
+            columns=tuple(name for name in sample.columns if name not in (TARGET, SEGMENTS)),
             targets=TARGET in sample.columns and TARGET in (*needs.columns, *needs.optional_columns),
             pad_to_multiple_of=self.args.pad_to_multiple_of or 1,
         )
@@ -160,6 +174,7 @@ class Preparation:
             optional,
             processes=args.dataset_num_proc,
             open_cache=self.open_cache,
+            turns=self.turns,
         )
         self.say(*(f"{title}: {line}" for line in (*report.lines(), *tokens.report.lines())))
         _number(tokens.rows)
@@ -174,6 +189,7 @@ class Preparation:
             "supervised": self.supervised,
             "required_columns": self.columns,
             "optional_columns": (*self.optional_columns, WEIGHT),
+            "unequal_segments": self.args.allow_unequal_segments,
             "special_tokens": self.tokenizer.all_special_tokens,
         }
 

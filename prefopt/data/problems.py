@@ -46,6 +46,10 @@ ADVICE = {
     "not_finite": "Write a finite number, or leave the column out of the file.",
     "out_of_range": "Write a number within the range.",
     "segment_bounds": "Count the assistant turns of the answer from 0 and stay below their number.",
+    "turn_weights": "Write a number from 0 on for each assistant turn of each answer, or leave the column out.",
+    "unequal_turns": "Cut the longer side (`prefopt segments build` does), name as many turns of both in `segments`, "
+    "or write allow_unequal_segments: true.",
+    "same_first_turn": "Move what both answers share into the prompt, up to the turn where they part.",
     "bad_tools": "Write `tools` as a list of objects, or as the JSON text of one, beside messages.",
     "bad_unfinished": "Write the names of the answers that were cut off, such as [rejected], or leave the column out.",
     "bad_template_kwargs": "Write `chat_template_kwargs` as an object, beside messages.",

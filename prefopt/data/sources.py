@@ -18,6 +18,7 @@ from prefopt.data.opening import open_source
 from prefopt.data.problems import BadRow, DataReport, Flaw, Problem, RawRow, Rows, SourceCount
 from prefopt.data.spec import DataSpec
 from prefopt.data.supervised import as_prompt, as_supervised
+from prefopt.data.turns import SEGMENTS, check_turns
 from prefopt.errors import DataError, RecipeError, nearest
 
 PROGRESS_FROM = 20_000
@@ -40,8 +41,9 @@ class LoadRules:
     `paired`: True asks for pairs, False for labelled answers (pairs become two of them each), None takes what is there.
     `supervised`: every row is one good answer, written in any of the ways `as_supervised` reads; of pairs the chosen
     one is taken, and what is labelled undesirable is left out and counted. `prompts_only`: every row is a prompt with
-    a stand-in for its answer, whatever else it holds. The columns are those the loss declares.
-    `special_tokens` found inside the texts are counted in the report.
+    a stand-in for its answer, whatever else it holds. The columns are those the loss declares. `unequal_segments`: the
+    two sides of a pair may count different numbers of assistant turns. `special_tokens` found inside the texts are
+    counted in the report.
     """
 
     on_bad_row: OnBadRow = "error"
@@ -51,6 +53,7 @@ class LoadRules:
     prompts_only: bool = False
     required_columns: Sequence[str] = ()
     optional_columns: Sequence[str] = ()
+    unequal_segments: bool = False
     special_tokens: Iterable[str] = ()
 
     def __post_init__(self) -> None:
@@ -173,6 +176,8 @@ class _Loader:
     def _check_columns(self, example: Example) -> None:
         try:
             check_row_columns(example, self.rules.required_columns, self.rules.optional_columns)
+            if SEGMENTS in (*self.rules.required_columns, *self.rules.optional_columns) and example.paired:
+                check_turns(example, unequal=self.rules.unequal_segments)
         except Flaw as flaw:
             raise BadRow(flaw.at(example.where)) from None
 

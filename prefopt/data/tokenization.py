@@ -11,7 +11,7 @@ whole; where tokens merge over a border, that answer is tokenised piece by piece
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import chain
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -22,7 +22,26 @@ from prefopt.data.columns import check_columns
 from prefopt.data.drafting import CHUNK, DraftCache, draft_all
 from prefopt.data.drafts import Draft, Drafter, DraftSettings, parts_of
 from prefopt.data.templates import require_template
-from prefopt.data.truncation import IDENTICAL, Fitted, LengthPolicy, TokenReport, check_choice, fit
+from prefopt.data.truncation import (
+    IDENTICAL,
+    TURN_LOST,
+    Answer,
+    Fitted,
+    LengthPolicy,
+    TokenReport,
+    check_choice,
+    fit,
+)
+from prefopt.data.turns import (
+    SEGMENT_COLUMNS,
+    SEGMENTS,
+    TURN_SIDES,
+    assistant_turns,
+    segment_turns,
+    token_weights,
+    turn_of_tokens,
+    turn_weights,
+)
 from prefopt.errors import DataError, UserError
 
 if TYPE_CHECKING:
@@ -66,9 +85,10 @@ class TokenizedData(NamedTuple):
     """Token rows and the account of how they came about.
 
     A row is a dict of `example_id`, `row`, `prompt_ids`, then `chosen_ids`, `rejected_ids`, `chosen_scored`,
-    `rejected_scored` (a pair; with a target also `target_ids`, `target_scored`) or `completion_ids`,
-    `completion_scored`, `desirable`, and `columns` (name -> float).
-    Ids are int32 arrays and flags bool arrays, which hold a long data set in a tenth of the memory of lists.
+    `rejected_scored` (a pair; with a target also `target_ids`, `target_scored`, and with segments what each token
+    weighs in its own, `chosen_segment` and `rejected_segment`) or `completion_ids`, `completion_scored`, `desirable`,
+    and `columns` (name -> float). Ids are int32 arrays and flags bool arrays, which hold a long data set in a tenth of
+    the memory of lists.
     """
 
     rows: list[dict[str, Any]]
@@ -88,12 +108,14 @@ def tokenize_examples(
     *,
     processes: int | None = 1,
     open_cache: OpenCache = no_cache,
+    turns: bool = False,
 ) -> TokenizedData:
-    """Token rows of `examples`, in their order, with the `columns` the loss declares: numbers, and `target`.
+    """Token rows of `examples`, in their order, with the `columns` the loss declares: numbers, `target`, `segments`.
 
-    An optional column is carried along if every example has it and left out if none has. `processes` tokenise, as many
-    as pay when it is None. `open_cache` gives the place where ids are kept from one run to the next. Neither changes
-    what comes out.
+    `turns`: the assistant's turns must be told apart in the tokens; where the loss declares `segments`, a row that
+    loses a turn that counts to the length limit is left out. An optional column is carried along if every example has
+    it and left out if none has. `processes` tokenise, as many as pay when it is None. `open_cache` gives the place
+    where ids are kept from one run to the next. Neither changes what comes out.
 
     Raises:
         DataError: a row cannot be tokenised as it stands or lacks a column (it is named), nothing is left, or more than
@@ -113,7 +135,7 @@ def tokenize_examples(
     drafter = Drafter(tokenizer, drafting)
     cache = open_cache(drafting) if len(examples) >= CHUNK else None
     report = TokenReport(len(examples))
-    maker = _RowMaker(tokenizer, settings, names, report)
+    maker = _RowMaker(tokenizer, settings, names, report, turns, SEGMENTS in (*columns, *optional_columns))
     drafts = chain.from_iterable(draft_all(examples, drafter, processes, cache))
     made = (maker.row(example, draft) for example, draft in zip(examples, drafts, strict=True))
     rows = [row for row in made if row is not None]
@@ -131,10 +153,15 @@ class _RowMaker:
         settings: TokenSettings,
         columns: tuple[str, ...],
         report: TokenReport,
+        turns: bool,
+        whole_turns: bool,
     ) -> None:
         self._settings = settings
-        self._columns = tuple(name for name in columns if name != TARGET)
+        self._columns = tuple(name for name in columns if name not in (TARGET, *SEGMENT_COLUMNS))
         self._targets = TARGET in columns
+        self._turns = turns
+        self._whole_turns = whole_turns
+        self._segments = not set(SEGMENT_COLUMNS).isdisjoint(columns)
         self._report = report
         self._bos: int | None = tokenizer.bos_token_id
 
@@ -142,6 +169,8 @@ class _RowMaker:
         """The token row of an example; None when it is left out."""
         prompt, answers, notes = draft
         self._refuse_two_bos(example, prompt[:2].tolist())
+        if self._turns:
+            _refuse_merged_turns(example, answers)
         if not len(prompt):
             for answer in answers:
                 answer.scored[:1] = False  # no hidden state predicts the first token
@@ -149,6 +178,8 @@ class _RowMaker:
             self._leave_out_identical(example)
             return None
         fitted = fit(prompt, answers, self._settings, bos_token_id=self._bos)
+        if self._whole_turns and fitted.reason is None and _lost_turn(example, fitted):
+            fitted = replace(fitted, reason=TURN_LOST)
         if fitted.reason is not None:
             lengths = " and ".join(str(len(answer.ids)) for answer in answers)
             self._report.drop(
@@ -158,6 +189,8 @@ class _RowMaker:
             return None
         for note in (*notes, *_cuts(fitted)):
             self._report.note(note, str(example.where))
+        if self._turns and any(map(_fewer_turns, answers, fitted.answers)):
+            self._report.note("turns_cut", str(example.where))
         return self._token_row(example, fitted)
 
     def _token_row(self, example: Example, fitted: Fitted) -> dict[str, Any]:
@@ -168,6 +201,8 @@ class _RowMaker:
         }
         for part, answer in zip(parts_of(example, self._targets), fitted.answers, strict=True):
             row[f"{part}_ids"], row[f"{part}_scored"] = answer
+            if self._segments and part in TURN_SIDES:
+                row[f"{part}_segment"] = token_weights(answer.scored, turn_weights(example, part))
         if example.desirable is not None:
             row["desirable"] = example.desirable
         row["columns"] = {name: float(example.columns[name]) for name in self._columns}
@@ -199,6 +234,31 @@ def _declared_columns(
         more = f" ({len(problems) - 1} more rows like it)" if len(problems) > 1 else ""
         raise DataError(f"{problems[0]}{more}")
     return (*required, *(name for name in optional if examples[0].columns.get(name) is not None))
+
+
+def _refuse_merged_turns(example: Example, answers: Sequence[Answer]) -> None:
+    """Refuse a conversation whose template writes nothing between two turns of the assistant."""
+    for side, answer in zip(TURN_SIDES if example.paired else ("completion",), answers, strict=False):
+        wanted, found = assistant_turns(getattr(example, side)), _turns_in(answer)
+        if found != wanted:
+            raise DataError(
+                f"{example.where}, {side}: {wanted} assistant turns are {found} runs of scored tokens, so the turns "
+                "cannot be told apart. Use a chat template that marks every message"
+            )
+
+
+def _turns_in(answer: Answer) -> int:
+    return int(turn_of_tokens(answer.scored)[-1]) + 1 if answer.scored.any() else 0
+
+
+def _fewer_turns(whole: Answer, cut: Answer) -> bool:
+    return len(cut.ids) < len(whole.ids) and _turns_in(cut) < _turns_in(whole)
+
+
+def _lost_turn(example: Example, fitted: Fitted) -> bool:
+    """Whether the length limit took the whole of a turn that counts."""
+    pair = zip(TURN_SIDES, fitted.answers, strict=False)
+    return any(_turns_in(answer) <= max(segment_turns(example, side)) for side, answer in pair)
 
 
 def _cuts(fitted: Fitted) -> list[str]:

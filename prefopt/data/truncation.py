@@ -27,8 +27,9 @@ TOO_LONG = "too_long"
 PROMPT_TOO_LONG = "prompt_too_long"
 ANSWER_CUT = "answer_cut"
 NO_SIGNAL = "no_signal_after_truncation"
+TURN_LOST = "turn_lost"
 IDENTICAL = "identical_after_tokenising"
-LENGTH_REASONS = (TOO_LONG, PROMPT_TOO_LONG, ANSWER_CUT, NO_SIGNAL)
+LENGTH_REASONS = (TOO_LONG, PROMPT_TOO_LONG, ANSWER_CUT, NO_SIGNAL, TURN_LOST)
 
 _PERCENTILES = {"p50": 50, "p90": 90, "p99": 99, "max": 100}
 
@@ -161,10 +162,12 @@ class TokenReport:
         examples: number of examples read.
         kept: number of rows made of them.
         dropped: reason -> rows left out: `too_long`, `prompt_too_long`, `answer_cut`, `no_signal_after_truncation`
-            (the answers became equal, or nothing scored is left of one), `identical_after_tokenising`.
+            (the answers became equal, or nothing scored is left of one), `turn_lost` (nothing is left of a turn that
+            counts), `identical_after_tokenising`.
         noted: what happened to rows that were kept: `eos_cut` (an answer lost its end marker), `eos_cut_one_sided`,
-            `prompt_cut`, `eos_appended` (the chat template marks no end), `prompt_not_prefix` (the prompt rendered for
-            generation is not how the whole conversation begins).
+            `turns_cut` (nothing is left of an assistant turn, where no loss asks for segments), `prompt_cut`,
+            `eos_appended` (the chat template marks no end), `prompt_not_prefix` (the prompt rendered for generation is
+            not how the whole conversation begins).
         tokens: totals over the rows kept: `prompt`, each answer, `scored`, `plain` (prompt counted with every answer,
             no padding) and `shared` (prompt counted once a row).
         lengths: part (`prompt`, each answer, `row` = prompt + longest answer) -> percentiles, in tokens.

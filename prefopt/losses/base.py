@@ -24,6 +24,9 @@ Unit = Literal["pair", "completion", "token"]
 TARGET = "target"
 """The column that holds an answer."""
 
+SEGMENT_COLUMNS = ("segments", "turn_weights")
+"""The columns that say which turns of a pair count, and how much."""
+
 _EXTRA_STATISTICS = tuple(name for name in STATISTICS if name not in ("logp", "ref_logp"))
 _OF_TWO_DISTRIBUTIONS = ("forward_kl", "reverse_kl")
 
@@ -35,9 +38,10 @@ class Needs:
     `view`: answers two by two, or each alone. `completions`: the answers a completions view holds; "desirable" leaves
     the rest out of the forward. `reference`: "logp" gives `ref_logp`, "distribution" also allows the two KLs.
     `statistics`: per-token numbers beyond `logp` and `ref_logp`. `mismatched`: `estimates` is asked about prompts with
-    answers to other prompts, not about the rows themselves. `columns`: numbers the data must have for each row;
-    `optional_columns`: those the loss uses where the data has them. The column `target` is no number but a third
-    answer to the prompt of a pair, which is scored like the two.
+    answers to other prompts, not about the rows themselves. `turns`: the assistant turn of each token (`turn`), and
+    what it weighs (`segment`) where the rows have a declared column for that. `columns`: numbers the data must have for
+    each row; `optional_columns`: those the loss uses where the data has them. Three columns are no numbers: `target` is
+    a third answer to the prompt of a pair, scored like the two; `segments` and `turn_weights` make `segment`.
     """
 
     view: View = "pairs"
@@ -45,6 +49,7 @@ class Needs:
     reference: Reference = "none"
     statistics: tuple[str, ...] = ()
     mismatched: bool = False
+    turns: bool = False
     columns: tuple[str, ...] = ()
     optional_columns: tuple[str, ...] = ()
 
@@ -62,6 +67,10 @@ class Needs:
             raise UserError("needs.completions: a pairs view reads both sides; 'desirable' is for a completions view")
         if self.mismatched and (self.view, self.completions) != ("completions", "all"):
             raise UserError("needs.mismatched: a mismatched answer has no other side; say view='completions'")
+        if (not self.turns or self.view != "pairs") and set(SEGMENT_COLUMNS) & set(
+            self.columns + self.optional_columns
+        ):
+            raise UserError("needs: `segments` and `turn_weights` are about the turns of a pair; say turns=True")
         if self.view != "pairs" and TARGET in self.columns + self.optional_columns:
             raise UserError("needs: `target` is an answer beside the two of a pair; say view='pairs'")
         if twice := set(self.columns) & set(self.optional_columns):

@@ -19,6 +19,9 @@ from prefopt.scoring.scores import TokenScores
 GAP_FLOOR = 1e-3
 """The smallest gap between two scores whose logarithm is taken: a tie would be an offset of minus infinity."""
 
+TURNS_LOGGED = 3
+"""Turns that have a metric of their own: names must be the same in every batch, and the first turns matter most."""
+
 
 def logistic(z: Tensor) -> Tensor:
     """L(z) = -log S(z) = log(1 + e^-z). softplus(-z) would turn into the straight line -z from -z = 20 on."""
@@ -58,6 +61,25 @@ def mean_log_ratio(scores: TokenScores) -> Tensor:
 def token_nll(scores: TokenScores) -> Tensor:
     """-log pi of every scored token, `[M]`, times the token's weight where there is one."""
     return -scores.logp if scores.token_weight is None else -scores.logp * scores.token_weight
+
+
+def in_segment(scores: TokenScores) -> TokenScores:
+    """The scores with each turn's weight in the row's segment, 0 outside it; as they are where rows have no segment."""
+    return scores.weighted(scores.segment) if "segment" in scores.statistics else scores
+
+
+def discounted_turns(scores: TokenScores, gamma: float, form: str) -> TokenScores:
+    """The scores with DMPO's weight of each token's turn t among the T turns of its completion.
+
+    `phi` is (1 - gamma^(T - t)) / (1 - gamma^T), `occupancy` gamma^t times that; (T - t) / T at gamma 1 for both.
+    """
+    turn = scores.turn.to(scores.logp)
+    turns = _per_completion(scores, _begins_turn(scores)).to(turn)[scores.sequence]
+    if gamma == 1:
+        return scores.weighted((turns - turn) / turns)
+    rate = math.log(gamma) if gamma else -math.inf  # 1 - gamma^n keeps its digits near gamma 1
+    weight = torch.expm1((turns - turn) * rate) / torch.expm1(turns * rate)
+    return scores.weighted(weight * gamma**turn if form == "occupancy" else weight)
 
 
 @torch.no_grad()
@@ -142,6 +164,47 @@ def divergence_metrics(view: Pairs) -> dict[str, Tensor]:
         "kl_per_token/chosen": view.chosen.mean("forward_kl"),
         "kl_per_token/rejected": view.rejected.mean("forward_kl"),
     }
+
+
+@torch.no_grad()
+def turn_metrics(chosen: TokenScores, rejected: TokenScores) -> dict[str, Tensor]:
+    """What losses of several turns log of the turns that count, those whose weight is not 0.
+
+    `turn_margins/<t>` is the difference of the two sides' log-ratios in turn t, counted from 0, in nats, a value for
+    each pair that has the turn on both sides; `turn_margins/later` that of all turns from `TURNS_LOGGED` on together.
+    `turns/*` `[B]` are numbers of turns, `turn_tokens/*` `[B]` those of their tokens.
+    """
+    metrics = {}
+    for name, which in (*((str(turn), (turn, turn)) for turn in range(TURNS_LOGGED)), ("later", (TURNS_LOGGED, None))):
+        (a, in_chosen), (b, in_rejected) = _of_turns(chosen, *which), _of_turns(rejected, *which)
+        metrics[f"turn_margins/{name}"] = (a - b)[in_chosen & in_rejected]
+    for side, scores in (("chosen", chosen), ("rejected", rejected)):
+        counted = _counted(scores)
+        metrics[f"turns/{side}"] = _per_completion(scores, counted & _begins_turn(scores)).to(scores.logp)
+        metrics[f"turn_tokens/{side}"] = _per_completion(scores, counted).to(scores.logp)
+    return metrics
+
+
+def _of_turns(scores: TokenScores, first: int, last: int | None) -> tuple[Tensor, Tensor]:
+    """Log-ratio of the turns from `first` to `last`, and whether any of them counts; both `[size]`."""
+    among = (scores.turn >= first) if last is None else (scores.turn >= first) & (scores.turn <= last)
+    return scores.weighted(among.to(scores.logp)).log_ratio(), _per_completion(scores, among & _counted(scores)) > 0
+
+
+def _counted(scores: TokenScores) -> Tensor:
+    return torch.ones_like(scores.turn, dtype=torch.bool) if scores.token_weight is None else scores.token_weight != 0
+
+
+def _begins_turn(scores: TokenScores) -> Tensor:
+    """Whether a token is the first of its turn, `[M]`."""
+    begins = torch.ones_like(scores.turn, dtype=torch.bool)
+    begins[1:] = (scores.turn[1:] != scores.turn[:-1]) | (scores.sequence[1:] != scores.sequence[:-1])
+    return begins
+
+
+def _per_completion(scores: TokenScores, flags: Tensor) -> Tensor:
+    """How many flags of each completion are set: `[size]` int64."""
+    return scores.sequence.new_zeros(scores.size).index_add(0, scores.sequence, flags.to(scores.sequence))
 
 
 @torch.no_grad()

@@ -55,6 +55,7 @@ class Objective:
     `paired_required`: some term compares two answers. `all_completions`: some term reads rejected or undesirable
     answers; otherwise only the desirable ones need a forward. `has_estimates`: some term asks for numbers over the
     whole step. `mismatched`: some term asks for them on mismatched answers, so pairs are read as single answers.
+    `turns`: some term reads the assistant's turns.
     """
 
     def __init__(self, terms: Sequence[tuple[float, Loss]]) -> None:
@@ -72,6 +73,7 @@ class Objective:
         self.paired_required = any(need.view == "pairs" for need in needs)
         self.all_completions = any(need.completions == "all" for need in needs)
         self.mismatched = any(need.mismatched for need in needs)
+        self.turns = any(need.turns for need in needs)
         self.plain_estimates = any(_asks_plainly(loss) for loss in self.losses)
         self.has_estimates = self.mismatched or self.plain_estimates
         if self.mismatched and self.paired_required:

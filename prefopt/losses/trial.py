@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from prefopt.errors import UserError
-from prefopt.losses.base import TARGET, Loss, LossOutput
+from prefopt.losses.base import SEGMENT_COLUMNS, TARGET, Loss, LossOutput
 from prefopt.losses.objective import Objective, Sides, view_of
 from prefopt.losses.registry import origin
 from prefopt.losses.views import Completions, Pairs, UndeclaredColumn
@@ -26,6 +26,8 @@ _DECLARED_AS = {
     "forward_kl": 'reference="distribution", statistics=("forward_kl",)',
     "reverse_kl": 'reference="distribution", statistics=("reverse_kl",)',
     "entropy": 'statistics=("entropy",)',
+    "turn": "turns=True",
+    "segment": "turns=True",
 }
 
 
@@ -114,6 +116,8 @@ def _scores(rows: int, *, target: bool) -> tuple[TokenScores, Sides]:
         torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths)),
         logp,
         -0.1 - (1.1 * steps) % 1.8,
+        turn=torch.cat([torch.arange(length) for length in lengths]),
+        segment=torch.ones_like(steps),
         **given,
     )
     size, tokens = 2 * rows, sum(lengths[: 2 * rows])
@@ -128,8 +132,9 @@ def _estimates(loss: Loss, scores: TokenScores, sides: Sides, columns: dict[str,
 
 def _accepted(loss: Loss) -> dict[str, float] | None:
     """Numbers in the declared columns that `row_problem` takes, with as few optional ones as will do; else None."""
-    required = [name for name in loss.needs.columns if name != TARGET]
-    optional = [name for name in loss.needs.optional_columns if name != TARGET][:_MOST_OPTIONAL]
+    no_number = (TARGET, *SEGMENT_COLUMNS)
+    required = [name for name in loss.needs.columns if name not in no_number]
+    optional = [name for name in loss.needs.optional_columns if name not in no_number][:_MOST_OPTIONAL]
     sets = itertools.chain.from_iterable(itertools.combinations(optional, count) for count in range(len(optional) + 1))
     rows = (row for more in sets for row in _numbers([*required, *more]))
     return next((row for row in rows if not loss.row_problem(row)), None)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from prefopt.errors import DataError
 from prefopt.losses.base import TARGET, Needs
-from prefopt.scoring.scores import TokenScores
+from prefopt.scoring.scores import OF_TURNS, TokenScores
 
 Value = TypeVar("Value")
 
@@ -162,7 +162,7 @@ def per_unit(values: Tensor, needs: Needs, *, paired: bool, desirable_size: int)
 
 def _declared(needs: Needs, scores: TokenScores) -> TokenScores:
     reference = () if needs.reference == "none" else ("ref_logp",)
-    kept = scores.only(needs.statistics + reference)
+    kept = scores.only(needs.statistics + reference + (OF_TURNS if needs.turns else ()))
     values = {name: value.detach() if name == "ref_logp" else value for name, value in kept.statistics.items()}
     return TokenScores(kept.size, kept.sequence, token_weight=kept.token_weight, **values)
 

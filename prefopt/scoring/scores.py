@@ -11,6 +11,9 @@ from torch import Tensor
 
 STATISTICS = ("logp", "ref_logp", "forward_kl", "reverse_kl", "entropy")
 
+OF_TURNS = ("turn", "segment")
+"""What is known of each token before any model reads it."""
+
 
 class MissingStatistic(AttributeError):
     """A loss read a statistic that its `needs` do not declare, so it was never computed."""
@@ -21,7 +24,9 @@ class TokenScores:
 
     `logp`, `ref_logp` are log-probabilities in nats, `forward_kl` is KL(reference || policy) of the whole next-token
     distribution, `entropy` the policy's; each is `[M]`. `token_weight` `[M]` scales a token in every sum, 1 when
-    absent. A statistic that was not asked for is absent, and reading it raises `MissingStatistic` with its name.
+    absent. `turn` `[M]` int64 counts the assistant turns of a completion from 0, and `segment` `[M]` is the weight of a
+    token's turn in the row's segment, 0 outside it; neither changes a sum unless a loss takes it as a weight. A
+    statistic that was not asked for is absent, and reading it raises `MissingStatistic` with its name.
     """
 
     def __init__(
@@ -34,6 +39,8 @@ class TokenScores:
         entropy: Tensor | None = None,
         token_weight: Tensor | None = None,
         reverse_kl: Tensor | None = None,
+        turn: Tensor | None = None,
+        segment: Tensor | None = None,
     ) -> None:
         self.size = size
         self.sequence = sequence
@@ -44,6 +51,8 @@ class TokenScores:
             "forward_kl": forward_kl,
             "reverse_kl": reverse_kl,
             "entropy": entropy,
+            "turn": turn,
+            "segment": segment,
         }
         self.statistics = {name: value for name, value in given.items() if value is not None}
         for name, value in {**self.statistics, "token_weight": token_weight}.items():
@@ -57,6 +66,8 @@ class TokenScores:
             return statistics[name]
         if name in STATISTICS:
             raise MissingStatistic(f"`{name}` was read but not computed: declare it in the loss's `needs`", name=name)
+        if name in OF_TURNS:
+            raise MissingStatistic(f"`{name}` was read but not given: say turns=True in the loss's `needs`", name=name)
         raise AttributeError(f"TokenScores has no attribute {name!r}")
 
     def total(self, name: str) -> Tensor:
@@ -82,6 +93,11 @@ class TokenScores:
         # Token by token: the two sums are thousands of nats on long answers, and their difference a few.
         difference = self.logp - self.ref_logp
         return self._sum(difference if self.token_weight is None else difference * self.token_weight)
+
+    def weighted(self, weight: Tensor) -> TokenScores:
+        """The same tokens, each counting `weight` `[M]` times as much in every sum."""
+        total = weight if self.token_weight is None else self.token_weight * weight
+        return TokenScores(self.size, self.sequence, token_weight=total, **self.statistics)
 
     def slice(self, completions: slice, tokens: slice) -> TokenScores:
         """The completions `completions`, whose tokens are `tokens`, renumbered from 0. Both slices have bounds."""

@@ -19,7 +19,8 @@ class Facts:
     `at_the_reference`: its value where policy and reference agree; None for a loss without a reference.
     `more_than_the_margin`: it reads more of the two answers than the difference of their log-ratios, or of their (mean)
     log-probabilities. `turns`: it draws the margin to a finite value, so that beyond it the gradient turns. `fades`:
-    the gradient of a hopeless row goes to 0. `per_token`: it divides by the number of tokens. `beside`: by knob, the
+    the gradient of a hopeless row goes to 0. `same_as`: the loss whose formula it has; what differs is the rows it is
+    for, and what it logs. `per_token`: it divides by the number of tokens. `beside`: by knob, the
     other knobs without which it is not read. `columns`: a number for each of its columns that will do in any row.
 
     `formula`, for a loss that tests/oracle/float64.py does not have, is written from the paper in the arithmetic of
@@ -33,6 +34,7 @@ class Facts:
     more_than_the_margin: bool = False
     turns: bool = False
     fades: bool = False
+    same_as: str = ""
     per_token: bool = False
     beside: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     columns: Mapping[str, float] = field(default_factory=dict)

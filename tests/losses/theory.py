@@ -59,7 +59,8 @@ def spelled(
     sequence = torch.repeat_interleave(torch.arange(len(answers)), torch.tensor(lengths))
     ref_logp = None if reference is None else torch.full_like(logp, reference, requires_grad=False)
     sides = Sides(True, len(answers), sum(lengths), len(chosen), sum(lengths[: len(chosen)]))
-    return Micro(TokenScores(len(answers), sequence, logp, ref_logp), sides, {})
+    scores = TokenScores(len(answers), sequence, logp, ref_logp, turn=torch.zeros_like(sequence))
+    return Micro(scores, sides, {})
 
 
 def token_gradients(loss: Loss, micro: Micro) -> list[float]:

@@ -52,6 +52,7 @@ def random_micro(
     """Completions of these lengths with every statistic there is; the first half of them (or `desirable`) is chosen.
 
     With `target` among the columns each pair has one: the lengths of the chosen answers once more, in reverse.
+    Turns are of two tokens; in the segment the first one weighs 1, the second 0, the third a half.
     """
     rng = torch.Generator().manual_seed(seed)
     size = len(lengths)
@@ -66,7 +67,10 @@ def random_micro(
     statistics = {name: -positive() if "logp" in name else positive() for name in STATISTICS}
     statistics["logp"].requires_grad_()
     sequence = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths, dtype=torch.int64))
-    scores = TokenScores(len(lengths), sequence, token_weight=positive() if weighted else None, **statistics)
+    turn = torch.cat([torch.zeros(0, dtype=torch.int64), *(torch.arange(length) // 2 for length in lengths)])
+    segment = torch.tensor([1.0, 0.0, 0.5], dtype=dtype)[turn % 3]
+    weight = positive() if weighted else None
+    scores = TokenScores(len(lengths), sequence, token_weight=weight, turn=turn, segment=segment, **statistics)
     rows = size // 2 if paired else size
     made = {
         name: COLUMNS.get(name, lambda n, g: torch.rand(n, generator=g, dtype=torch.float64))(rows, rng).to(dtype)
@@ -101,6 +105,7 @@ def single_tokens(
         forward_kl=kl,
         reverse_kl=kl.clone(),
         entropy=kl.clone(),
+        turn=torch.zeros(len(ratios), dtype=torch.int64),
     )
     given = {name: torch.tensor(values, dtype=dtype) for name, values in (columns or {}).items()}
     return Micro(scores, Sides(True, len(ratios), len(ratios), len(chosen), len(chosen)), given)

@@ -31,12 +31,15 @@ class Answer:
     """Log-probabilities of the scored tokens of one answer; `weight` scales a token in every sum and in the length.
 
     `kl` is KL(reference || policy) of the whole next-token distributions at each of them, 0 where it is not given.
+    `turn` is the number of each token's turn, 0 where it is not given, and `segment` the weight of that turn.
     """
 
     policy: Numbers
     reference: Numbers
     weight: Numbers | None = None
     kl: Numbers | None = None
+    turn: Sequence[int] | None = None
+    segment: Sequence[float] | None = None
 
     @property
     def lp(self) -> Number:
@@ -58,6 +61,18 @@ class Answer:
     @property
     def ratio(self) -> Number:
         return self.lp - self.lr
+
+    def ratio_of_turns(self, weight: Callable[[int], Number]) -> Number:
+        """The log-ratios of the turns, each times its weight, in order of the turns."""
+        turns = [0] * len(self.policy) if self.turn is None else list(self.turn)
+        total = self.ratio * 0
+        for turn in sorted(set(turns)):
+            at = [place for place, number in enumerate(turns) if number == turn]
+            masses = [1 if self.weight is None else self.weight[place] for place in at]
+            total = total + weight(turn) * sum(
+                mass * (self.policy[place] - self.reference[place]) for mass, place in zip(masses, at, strict=True)
+            )
+        return total
 
     def _sum(self, values: Numbers) -> Number:
         weights = [1] * len(values) if self.weight is None else self.weight

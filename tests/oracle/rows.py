@@ -27,7 +27,9 @@ def random_answer(rng: random.Random, tokens: int, *, weighted: bool = False) ->
     reference = uniform(rng, tokens, -6.0, -1e-3)
     policy = [min(-1e-6, value + rng.gauss(0.0, 0.7)) for value in reference]
     kl = [(ours - theirs) ** 2 / 2 for ours, theirs in zip(policy, reference, strict=True)]
-    return Answer(policy, reference, uniform(rng, tokens, 0.1, 2.0) if weighted else None, kl)
+    weight = uniform(rng, tokens, 0.1, 2.0) if weighted else None
+    turn = [place // 3 for place in range(tokens)]
+    return Answer(policy, reference, weight, kl, turn, [(1.0, 0.25, 0.0, 1.0)[number % 4] for number in turn])
 
 
 def random_rows(count: int, seed: int, *, longest: int = 12, weighted: bool = False) -> Rows:
@@ -91,6 +93,8 @@ def as_micro(rows: Rows, columns: Sequence[str], dtype: torch.dtype = torch.floa
         return torch.tensor([value for part in parts for value in part], dtype=dtype)
 
     weights = [answer.weight for answer in answers if answer.weight is not None]
+    turns = [turn for answer in answers for turn in answer.turn or [0] * len(answer.policy)]
+    segments = [answer.segment or [1.0] * len(answer.policy) for answer in answers]
     scores = TokenScores(
         len(answers),
         sequence,
@@ -98,6 +102,8 @@ def as_micro(rows: Rows, columns: Sequence[str], dtype: torch.dtype = torch.floa
         flat([answer.reference for answer in answers]),
         forward_kl=flat([answer.kl or [0.0] * len(answer.policy) for answer in answers]),
         token_weight=flat(weights) if weights else None,
+        turn=torch.tensor(turns),
+        segment=flat(segments),
     )
     size, count = 2 * len(rows), len(rows)
     sides = Sides(True, size, sum(lengths[:size]), count, sum(lengths[:count]), len(targets), sum(lengths[size:]))
@@ -116,7 +122,8 @@ def as_tensors(rows: Rows, columns: Sequence[str]) -> tuple[list[Pair], list[Ten
     def answer(given: Answer, side: str, index: int) -> Answer:
         leaf = leaves[side, index] = torch.tensor(given.policy, dtype=torch.float64, requires_grad=True)
         kl = None if given.kl is None else torch.tensor(given.kl, dtype=torch.float64)
-        return Answer(leaf, torch.tensor(given.reference, dtype=torch.float64), given.weight, kl)
+        reference = torch.tensor(given.reference, dtype=torch.float64)
+        return Answer(leaf, reference, given.weight, kl, given.turn, given.segment)
 
     targets = [answer(target, "target", i) for i, target in enumerate(targets_of(rows, columns))]
     pairs = [

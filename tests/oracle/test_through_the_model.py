@@ -38,9 +38,9 @@ def rows(text):
     return [{**row, **columns, "target": target} for row, columns, target in rows]
 
 
-def float64_model(seed: int, tokenizer) -> GPT2LMHeadModel:
+def float64_model(seed: int, tokenizer, positions: int = 64) -> GPT2LMHeadModel:
     """GPT-2, because Llama's norms and positions compute in float32 whatever the weights are."""
-    config = GPT2Config(vocab_size=len(tokenizer), n_positions=64, n_embd=32, n_layer=2, n_head=4)
+    config = GPT2Config(vocab_size=len(tokenizer), n_positions=positions, n_embd=32, n_layer=2, n_head=4)
     torch.manual_seed(0)
     return noisy(GPT2LMHeadModel(config).double(), seed).eval()
 

@@ -145,7 +145,9 @@ def test_what_a_loss_may_read_is_there_to_be_read():
     """Everything the table of a view's parts names."""
     table = TEXT.split("## Add a loss")[1].split("\n## ")[0]
     micro = random_micro(columns=("x",))
-    pairs = micro.view(Needs(reference="distribution", statistics=("forward_kl", "entropy"), columns=("x",)))
+    pairs = micro.view(
+        Needs(reference="distribution", statistics=("forward_kl", "entropy"), columns=("x",), turns=True)
+    )
     single = micro.view(Needs(view="completions"))
     named = re.findall(r"`((?:view|scores)\.[^`]+)`", table)
     assert len(named) >= 12
@@ -162,7 +164,7 @@ def test_every_command_is_one_the_program_takes(folder, own_loss, capsys):
         arguments, target = (words[: words.index(">")], words[-1]) if ">" in words else (words, None)
         options, rest = cli._parser().parse_known_args(arguments)
         seen.add(arguments[0])
-        if arguments[0] in ("train", "explain"):
+        if arguments[0] in ("train", "explain", "inspect"):
             load_recipe(options.recipe, rest)
         else:
             assert not rest, arguments
@@ -170,7 +172,7 @@ def test_every_command_is_one_the_program_takes(folder, own_loss, capsys):
             capsys.readouterr()
             assert cli.main(arguments) == 0
             (folder / target).write_text(capsys.readouterr().out)
-    assert seen == {"train", "explain", "recipe", "losses", "evaluate", "cache", "push"}
+    assert seen == {"train", "explain", "recipe", "losses", "evaluate", "cache", "push", "segments", "inspect"}
 
 
 def test_recipes_in_the_text_load(folder):
@@ -182,10 +184,11 @@ def test_recipes_in_the_text_load(folder):
 
 
 def test_rows_in_the_text_are_rows(tmp_path):
-    assert len(blocks("json")) == 2
+    assert len(blocks("json")) == 3
     for number, block in enumerate(blocks("json")):
         (tmp_path / f"{number}.jsonl").write_text(block)
-        loaded = load_examples(DataSpec(data_files=str(tmp_path / f"{number}.jsonl")))
+        declared = ("segments",) if '"segments"' in block else ()
+        loaded = load_examples(DataSpec(data_files=str(tmp_path / f"{number}.jsonl")), required_columns=declared)
         assert len(loaded.examples) == len(block.splitlines())
         assert not loaded.report.notes
 
