@@ -50,7 +50,7 @@ def count_rows(recipe: Recipe) -> Rows:
             on_bad_row=settings["on_bad_row"],
             max_bad_rows=settings.get("max_bad_rows"),
             paired=objective.paired_required or None,
-            supervised=not objective.all_completions,
+            unlabelled=not objective.all_completions,
             required_columns=objective.columns,
             optional_columns=(*objective.optional_columns, WEIGHT),
             unequal_segments=settings.get("allow_unequal_segments", False),

@@ -33,9 +33,11 @@ def trained(folder, **settings):
     "settings",
     [
         {},
-        {"row_layout": "plain", "activation_checkpointing": True},
-        {"peft_config": LORA},
-        {"loss": "tdpo2", "reference": False, "reference_block": {"source": "live"}},
+        pytest.param({"row_layout": "plain", "activation_checkpointing": True}, marks=pytest.mark.slow),
+        pytest.param({"peft_config": LORA}, marks=pytest.mark.slow),
+        pytest.param(
+            {"loss": "tdpo2", "reference": False, "reference_block": {"source": "live"}}, marks=pytest.mark.slow
+        ),
     ],
 )
 def test_compiled_blocks_make_the_same_steps(tmp_path, settings):

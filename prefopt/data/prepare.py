@@ -48,10 +48,11 @@ WEIGHT = "weight"
 class Preparation:
     """How raw rows become token rows: the tokenizer, the settings of a run, and what its losses declare.
 
-    `paired`: True when a loss compares two answers, None when any kind of row will do. `supervised`: every row is one
-    good answer, as no loss reads others. `mismatched`: rows become single answers, each with a mismatched one. `turns`:
-    some loss reads the assistant's turns. `row_problem`: what a loss objects to in a row's columns. `say` receives the
-    lines of the reports. `open_cache` gives the place where token ids are kept from one run to the next, or None.
+    `paired`: True when a loss compares two answers, None when any kind of row will do. `unlabelled`: no loss reads bad
+    answers, so a good one needs no label. `supervised`: rows become single good answers. `mismatched`: rows become
+    single answers, each with a mismatched one. `turns`: some loss reads the assistant's turns. `row_problem`: what a
+    loss objects to in a row's columns. `say` receives the lines of the reports. `open_cache` gives the place where
+    token ids are kept from one run to the next, or None.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -59,6 +60,7 @@ class Preparation:
     columns: tuple[str, ...] = ()
     optional_columns: tuple[str, ...] = ()
     paired: bool | None = None
+    unlabelled: bool = False
     supervised: bool = False
     mismatched: bool = False
     turns: bool = False
@@ -83,7 +85,7 @@ class Preparation:
             columns=needs.columns,
             optional_columns=needs.optional_columns,
             paired=paired,
-            supervised=not needs.all_completions,
+            unlabelled=not needs.all_completions,
             mismatched=needs.mismatched,
             turns=needs.turns,
             row_problem=needs.row_problem,
@@ -186,6 +188,7 @@ class Preparation:
             "on_bad_row": self.args.on_bad_row,
             "max_bad_rows": self.args.max_bad_rows,
             "paired": self.paired,
+            "unlabelled": self.unlabelled,
             "supervised": self.supervised,
             "required_columns": self.columns,
             "optional_columns": (*self.optional_columns, WEIGHT),

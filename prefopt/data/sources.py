@@ -39,8 +39,9 @@ class LoadRules:
 
     `on_bad_row`: "error" stops at the first bad row, "skip" leaves bad rows out and counts them, up to `max_bad_rows`.
     `paired`: True asks for pairs, False for labelled answers (pairs become two of them each), None takes what is there.
-    `supervised`: every row is one good answer, written in any of the ways `as_supervised` reads; of pairs the chosen
-    one is taken, and what is labelled undesirable is left out and counted. `prompts_only`: every row is a prompt with
+    `unlabelled`: a single answer without a label is a good one, and may be written in any of the ways `as_supervised`
+    reads. `supervised`: besides, of pairs the chosen answer is taken, and what is labelled undesirable is left out and
+    counted. `prompts_only`: every row is a prompt with
     a stand-in for its answer, whatever else it holds. The columns are those the loss declares. `unequal_segments`: the
     two sides of a pair may count different numbers of assistant turns. `special_tokens` found inside the texts are
     counted in the report.
@@ -49,6 +50,7 @@ class LoadRules:
     on_bad_row: OnBadRow = "error"
     max_bad_rows: int | None = None
     paired: bool | None = None
+    unlabelled: bool = False
     supervised: bool = False
     prompts_only: bool = False
     required_columns: Sequence[str] = ()
@@ -78,7 +80,8 @@ def load_examples(spec: DataSpec, **rules: Any) -> LoadedExamples:
 
 
 def load_train_test(spec: DataSpec, **rules: Any) -> tuple[LoadedExamples, LoadedExamples | None]:
-    """Training examples and test examples: a part set aside by `test_split_size`, or `test_split`, or None.
+    """Training examples and test examples: a part set aside by `test_split_size`, or `test_split` (of a mixture, also
+    that of an entry alone), or None.
 
     Both parts of a set that is divided here share one report, of the whole set.
     """
@@ -87,10 +90,10 @@ def load_train_test(spec: DataSpec, **rules: Any) -> tuple[LoadedExamples, Loade
         train, test = split_by_prompt(loaded.examples, spec.test_split_size, spec.seed)
         loaded.report.held_out = len(test)
         return LoadedExamples(train, loaded.report), LoadedExamples(test, loaded.report)
-    if spec.test_split is None:
+    entries = [replace(entry, split=named) for entry in spec.mixture if (named := entry.test_split or spec.test_split)]
+    if spec.test_split is None and not entries:
         return loaded, None
-    entries = [replace(entry, split=entry.test_split or spec.test_split) for entry in spec.mixture]
-    return loaded, load_examples(replace(spec, split=spec.test_split, mixture=entries), **rules)
+    return loaded, load_examples(replace(spec, split=spec.test_split or spec.split, mixture=entries), **rules)
 
 
 def split_by_prompt(
@@ -171,7 +174,7 @@ class _Loader:
     def _written(self, row: RawRow) -> RawRow:
         if self.rules.prompts_only:
             return as_prompt(row)
-        return as_supervised(row) if self.rules.supervised else row
+        return as_supervised(row) if self.rules.supervised or self.rules.unlabelled else row
 
     def _check_columns(self, example: Example) -> None:
         try:

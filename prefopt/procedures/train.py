@@ -201,8 +201,8 @@ def _scratch_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase | None:
     if section.from_scratch is None or section.tokenizer_name_or_path is not None:
         return None
     rules = {setting: recipe.training[setting] for setting in BAD_ROWS if setting in recipe.training}
-    supervised = not recipe.objective().all_completions
-    examples = load_train_test(recipe.data_spec(), supervised=supervised, **rules)[0].examples
+    unlabelled = not recipe.objective().all_completions
+    examples = load_train_test(recipe.data_spec(), unlabelled=unlabelled, **rules)[0].examples
     chat = any(isinstance(example.prompt, list) for example in examples)
     return train_tokenizer(_texts(examples), section.from_scratch.get("vocab_size", 8192), chat=chat)
 

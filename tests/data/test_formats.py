@@ -61,9 +61,9 @@ def test_labelled_answer(label: Any, desirable: bool) -> None:
 
 def test_an_answer_without_a_label_is_a_good_one_where_no_other_is_read() -> None:
     row = {"prompt": "q", "completion": " a"}
-    assert [example.desirable for example in load(row, {**row, "label": 0}, supervised=True)] == [True]
+    assert [example.desirable for example in load(row, {**row, "label": 0}, unlabelled=True)] == [True, False]
     with pytest.raises(DataError, match="Did you mean `label`"):
-        load({**row, "labels": False}, supervised=True)
+        load({**row, "labels": False}, unlabelled=True)
     with pytest.raises(DataError, match="column `label`: the column is missing"):
         load(row)
 

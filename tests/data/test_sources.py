@@ -279,6 +279,13 @@ def test_mixture_loads_its_test_splits(tmp_path: Path) -> None:
     assert test is not None and len(test.examples) == 4
 
 
+def test_an_entry_of_a_mixture_may_alone_have_a_test_split(tmp_path: Path) -> None:
+    files = {split: write_lines(tmp_path / f"{split}.jsonl", text_pairs(n)) for split, n in (("train", 3), ("held", 2))}
+    entries = [DataSpec(data_files=files, test_split="held"), DataSpec(rows=text_pairs(4))]
+    train, test = load_train_test(DataSpec(mixture=entries))
+    assert test is not None and (len(train.examples), len(test.examples)) == (7, 2)
+
+
 # Reports
 
 
