@@ -37,6 +37,10 @@ class Rows:
         return (self.train + (self.test or 0)) * self.tokens
 
 
+# What procedures read that sample answers of their own: the data's answers, or its prompts alone.
+_READ_BY_ROUNDS: dict[str, dict[str, Any]] = {"spin": {"supervised": True}, "online": {"prompts_only": True}}
+
+
 def count_rows(recipe: Recipe) -> Rows:
     """Count and measure the rows of local files. What is wrong with them becomes a note: explaining never fails."""
     data = recipe.data
@@ -44,11 +48,15 @@ def count_rows(recipe: Recipe) -> Rows:
         return Rows("Rows are not counted: the data is not on this machine.")
     objective = recipe.objective()
     settings = recipe.resolved()
+    bad_rows = {"on_bad_row": settings["on_bad_row"], "max_bad_rows": settings.get("max_bad_rows")}
     try:
+        if reads := _READ_BY_ROUNDS.get(recipe.procedure.get("name", "")):
+            train, test = load_train_test(recipe.data_spec(), **bad_rows, **reads)
+            note = "Every round makes pairs of them; their tokens are counted then."
+            return Rows(note, len(train.examples), None if test is None else len(test.examples))
         train, test = load_train_test(
             recipe.data_spec(),
-            on_bad_row=settings["on_bad_row"],
-            max_bad_rows=settings.get("max_bad_rows"),
+            **bad_rows,
             paired=objective.paired_required or None,
             unlabelled=not objective.all_completions,
             required_columns=objective.columns,

@@ -35,10 +35,9 @@ def inspect_row(recipe: Recipe, number: int, *, split: str = "train", model: str
         raise UserError("--model: the recipe starts from scratch, so there is no model to compare with. Name the one "
                         "that training started from, with --model_name_or_path PATH --from_scratch null")  # fmt: skip
     options = {"dtype": section.dtype, "trust_remote_code": section.trust_remote_code}
-    reference = recipe.reference.model
-    numbers = token_numbers(
-        row, tokenizer, model=model, start=section.model_name_or_path, reference=reference, **options
-    )
+    start, named = (section.model_name_or_path, section.model_revision), recipe.reference.model
+    reference = None if named is None else (named, recipe.reference.revision)
+    numbers = token_numbers(row, tokenizer, model=model, start=start, reference=reference, **options)
     return with_numbers(view, row, numbers)
 
 

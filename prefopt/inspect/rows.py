@@ -16,6 +16,7 @@ from prefopt.data.formats import Example, RowParser
 from prefopt.data.opening import open_source
 from prefopt.data.problems import BadRow, Problem, RawRow
 from prefopt.data.spec import DataSpec
+from prefopt.data.supervised import as_supervised
 from prefopt.data.templates import ChatRenderer
 from prefopt.data.turns import turn_of_tokens
 from prefopt.errors import DataError
@@ -71,7 +72,7 @@ class RowView:
 def raw_row(spec: DataSpec, number: int) -> RawRow:
     """A row as its source holds it, counted from 0. Raises `DataError` where there is none that can be read."""
     rows = (row for entry in spec.mixture or (spec,) for _, rows in open_source(entry) for row in rows)
-    found = next(islice(rows, number, None), None)
+    found = next(islice(rows, number, None), None) if number >= 0 else None
     if found is None:
         raise DataError(f"{spec.title}: there is no row {number}; rows are counted from 0")
     if isinstance(found, Problem):
@@ -82,7 +83,7 @@ def raw_row(spec: DataSpec, number: int) -> RawRow:
 def token_row(raw: RawRow, preparation: Preparation) -> tuple[Example, Row, tuple[str, ...]]:
     """A row as an example and as training reads it, with what was noted on the way. Raises `DataError` where training
     would refuse the row or leave it out."""
-    example = RowParser().parse(raw)
+    example = RowParser().parse(as_supervised(raw) if preparation.unlabelled else raw)
     try:
         data = preparation.one([raw.values], "row")
     except DataError as error:

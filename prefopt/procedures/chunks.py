@@ -78,7 +78,7 @@ def chunk_file(step: int) -> str:
 def read_cut(given: Any, data: DataSection) -> Cut:
     """The `chunks` of a `procedure` block, and the data they are cut from. Raises `RecipeError`."""
     if given == "datasets":
-        names = tuple(entry.title for entry in _entries(data.spec(evaluate=False)))
+        names = _names(_entries(data.spec(evaluate=False)))
         if not names:
             raise RecipeError(f"procedure.chunks: the recipe has no list of `datasets` or `data_files`. {_FORMS}")
         return Cut("datasets", len(names), names)
@@ -127,8 +127,7 @@ def order_chunks(
     if order == RANDOM:
         random.Random(seed).shuffle(chunks)
     if order == EASY and gaps is not None:
-        shares = {chunk.name: easiness(chunk.examples, gaps, length)["accuracy"] for chunk in chunks}
-        chunks.sort(key=lambda chunk: -(shares[chunk.name] or 0.0))
+        chunks.sort(key=lambda chunk: -(easiness(chunk.examples, gaps, length)["accuracy"] or 0.0))
     return chunks
 
 
@@ -142,6 +141,15 @@ def write_chunks(
     if test is not None:
         _write(folder / TEST, test)
     (folder / REPORT).write_text(json.dumps(plain(report), indent=1) + "\n", encoding="utf-8")
+
+
+def _names(entries: Sequence[DataSpec]) -> tuple[str, ...]:
+    """The titles of the data sets, with the split where two have the same one."""
+    titles = [entry.title for entry in entries]
+    return tuple(
+        title if titles.count(title) == 1 else f"{title}, {entry.split}"
+        for title, entry in zip(titles, entries, strict=True)
+    )
 
 
 def _by_sizes(given: Any) -> Cut:
@@ -246,4 +254,6 @@ def _row(example: Example) -> dict[str, Any]:
         row["tools"] = example.tools
     if example.chat_template_kwargs:
         row["chat_template_kwargs"] = example.chat_template_kwargs
+    if example.unfinished:
+        row["unfinished"] = list(example.unfinished)
     return {**row, **example.columns}

@@ -99,7 +99,8 @@ def lineage_of(stage: Stage, plan: Sequence[Stage]) -> Lineage | None:
         return None
     model, recipe = stage.recipe.model, stage.recipe
     folders = [each.folder for each in trained[: trained.index(stage)]]
-    parent = next((folder for folder in folders if str(folder) == model.model_name_or_path), None)
+    start = model.model_name_or_path and Path(model.model_name_or_path)  # a path may be written in several ways
+    parent = next((folder for folder in folders if folder == start), None)
     fresh = model.use_peft and not holds_adapter(model)
     return Lineage(stage.folder, parent, fresh, from_start=recipe.reference.model is None)
 

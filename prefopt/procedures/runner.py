@@ -6,12 +6,13 @@ A stage's folder holds `stage.json`: everything the stage depends on, by name, a
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import release_memory
 
 from prefopt.checkpoints import checkpoints_in
 from prefopt.console import say
@@ -27,7 +28,8 @@ from prefopt.resuming import AUTO, holds_weights, refuse_early
 from prefopt.saving import full_disk_said
 
 MARK = "stage.json"
-# A finished run goes on when these were changed: all that was done is still part of it.
+# A finished run goes on when these were changed: all that was done is still part of it. Not with stages after it, which
+# were made from what it left.
 HORIZON = ("num_train_epochs", "max_steps")
 _PLACE = "the run folder"
 
@@ -52,11 +54,13 @@ def run_plan(stages: Sequence[Stage], only: str | None = None) -> Any:
     settings, unless `allow_change` names them, and for a stage alone when one before it is not done.
     """
     chosen = None if only is None else find_stage(stages, only)
+    if chosen is None and len(stages) > 1:
+        _refuse_sharding()
     result, before = None, ""
     for number, stage in enumerate(stages, start=1):
         named = title(stages, number)
         passed_by = chosen is not None and stage is not chosen
-        mark, changes = _enter(stage, before, goes_on=not passed_by)
+        mark, changes = _enter(stage, before, goes_on=not passed_by, last=stage is stages[-1])
         before = mark.inputs
         if passed_by:
             _require_done(stage, mark, number, chosen)
@@ -82,7 +86,7 @@ def progress(stages: Sequence[Stage]) -> Iterator[tuple[Stage, bool]]:
     """
     before = ""
     for stage in stages:
-        mark, _ = _look(stage, before, _allowed(stage))
+        mark, _ = _look(stage, before, _allowed(stage), last=stage is stages[-1])
         before = mark.inputs
         yield stage, mark.status == "done"
 
@@ -102,11 +106,20 @@ def _require_done(stage: Stage, mark: _Mark, number: int, chosen: Stage | None) 
         )
 
 
-def _enter(stage: Stage, before: str, *, goes_on: bool) -> tuple[_Mark, list[Difference]]:
+def _refuse_sharding() -> None:
+    """Refuse several stages in one process where models are sharded: the back end outlives the stage it is made for."""
+    if any(os.environ.get(f"ACCELERATE_USE_{name}", "").lower() == "true" for name in ("FSDP", "DEEPSPEED")):
+        raise UserError(
+            "FSDP and DeepSpeed cannot be taken from one stage to the next in one process. Write `prefopt run RECIPE`, "
+            "which launches each stage by itself, or --stage K"
+        )
+
+
+def _enter(stage: Stage, before: str, *, goes_on: bool, last: bool) -> tuple[_Mark, list[Difference]]:
     """As `_look`, on every rank; `goes_on`: with what the stage's recipe says of going on."""
     if goes_on and isinstance(stage, TrainStage):
         refuse_early(stage.recipe.training.get("resume", AUTO), str(stage.folder))
-    return on_main(lambda: _look(stage, before, _allowed(stage)))
+    return on_main(lambda: _look(stage, before, _allowed(stage), last=last))
 
 
 def _allowed(stage: Stage) -> Iterable[str] | None:
@@ -116,10 +129,10 @@ def _allowed(stage: Stage) -> Iterable[str] | None:
     return [named] if isinstance(named, str) else named
 
 
-def _look(stage: Stage, before: str, allowed: Iterable[str] | None) -> tuple[_Mark, list[Difference]]:
+def _look(stage: Stage, before: str, allowed: Iterable[str] | None, *, last: bool) -> tuple[_Mark, list[Difference]]:
     """What a stage is made from, with `done` where it is; and the changes that are allowed. On the main process.
 
-    `allowed` is None for a stage that is made anew or not at all.
+    `allowed` is None for a stage that is made anew or not at all. `last`: no stage comes after it.
     """
     now = _Mark(inputs_of(stage), before)
     check_names(allowed, now.facts)
@@ -135,7 +148,7 @@ def _look(stage: Stage, before: str, allowed: Iterable[str] | None) -> tuple[_Ma
         return now, []  # stopped before its first checkpoint, as with a bad row: nothing to protect
     found = differences(was.facts, now.facts)
     if was.status == "done":
-        _refuse_late(stage, found)
+        _refuse_late(stage, found, HORIZON if last else ())
     refuse_drift(found, allowed, stage.folder, _PLACE)
     if was.before != before:
         raise UserError(
@@ -145,9 +158,9 @@ def _look(stage: Stage, before: str, allowed: Iterable[str] | None) -> tuple[_Ma
     return now, found
 
 
-def _refuse_late(stage: Stage, found: Sequence[Difference]) -> None:
-    """Refuse changes to a finished run, but for those that let it go on."""
-    late = [f"\n  {difference.text(_PLACE)}" for difference in found if not difference.is_named(HORIZON)]
+def _refuse_late(stage: Stage, found: Sequence[Difference], free: Sequence[str]) -> None:
+    """Refuse changes to a finished run, but for the `free` ones, which let it go on."""
+    late = [f"\n  {difference.text(_PLACE)}" for difference in found if not difference.is_named(free)]
     if late:
         raise UserError(
             f"{stage.folder}: holds a finished run with other settings:{''.join(late)}\n"
@@ -160,9 +173,9 @@ def _refuse_late(stage: Stage, found: Sequence[Difference]) -> None:
 
 
 def _run(stage: Stage, lineage: Lineage | None) -> Any:
+    release_memory()  # what the stage before has left
     if isinstance(stage, MakeStage):
-        result = [stage.make() if stage.on_every_rank or PartialState().is_main_process else None]
-        return broadcast_object_list(result)[0]
+        return stage.make() if stage.on_every_rank else on_main(stage.make)
     from prefopt.procedures.train import train
 
     return train(stage.recipe, lineage)

@@ -201,3 +201,26 @@ def test_a_chunk_file_reads_back_as_the_same_rows_with_all_columns(tmp_path):
     assert again.example_id == examples[0].example_id
     assert {**again.columns, "missing": None} == {**examples[0].columns, "missing": None}
     assert load_examples(DataSpec(data_files=str(tmp_path / "test.jsonl"))).examples[0].tools == [{"name": "clock"}]
+
+
+def test_two_data_sets_of_one_title_keep_their_own_places_and_names():
+    sources = {"hard": [-1.0, -2.0], "easy": [1.0, 2.0]}
+    entries = tuple(DatasetEntry(path="org/x", split=split) for split in sources)
+    cut = read_cut("datasets", DataSection(datasets=entries))
+    assert cut.names == ("org/x, hard", "org/x, easy")
+    rows = rows_of("a", "b", "c", "d")
+    rows = Rows(rows.train, [0, 0, 1, 1], None, DataReport())
+    gaps = gaps_of(rows, [gap for part in sources.values() for gap in part])
+    for names in (cut.names, ("same", "same")):
+        first, _ = order_chunks(Cut("datasets", 2, names), rows, EASY, gaps=gaps)
+        assert ids([first]) == [[example.example_id for example in rows.train[2:]]]
+
+
+def test_an_answer_that_was_cut_off_is_so_in_its_chunk_too(tmp_path):
+    pairs = [{**row, "unfinished": ["rejected"]} for row in text_pairs(2)]
+    examples = load_examples(DataSpec(rows=pairs)).examples
+    cut = Cut("rows", 1)
+    chunks = order_chunks(cut, Rows(examples, [0, 0], None, DataReport()), GIVEN)
+    write_chunks(tmp_path, chunks, None, {})
+    again = load_examples(DataSpec(data_files=str(tmp_path / "chunk-1.jsonl"))).examples
+    assert [example.unfinished for example in again] == [("rejected",)] * 2

@@ -329,3 +329,25 @@ def test_a_checkpoint_that_is_named_is_one_of_the_recipe_s_own_run(folder):
     assert [stage.recipe.training_arguments().resume for stage in make_plan(recipe)] == [
         "auto", "elsewhere/checkpoint-7",
     ]  # fmt: skip
+
+
+def test_a_longer_horizon_is_refused_where_stages_were_made_from_the_finished_one(folder, prefopt):
+    """Before anything runs: the first stage, trained on, would no longer be what the second started from."""
+    both = ("--procedure", "{start: {learning_rate: 1e-3}}", "--output_dir", "two")
+    assert prefopt(*both)[0] == 0
+    model = (folder / "two" / "start" / "model.safetensors").read_bytes()
+    status, said = prefopt(*both, "--num_train_epochs", "2", "--allow_change", "num_train_epochs")
+    assert status == 2 and "holds a finished run with other settings" in said
+    assert (folder / "two" / "start" / "model.safetensors").read_bytes() == model
+
+
+@pytest.mark.parametrize("end", ["FSDP", "DEEPSPEED"])
+def test_several_stages_in_one_sharded_process_are_refused(end, tmp_path, monkeypatch):
+    monkeypatch.setenv(f"ACCELERATE_USE_{end}", "true")
+    log = Log()
+    stages = [log.stage("a", tmp_path / "a"), log.stage("b", tmp_path / "b")]
+    with pytest.raises(UserError, match="prefopt run RECIPE"):
+        run_plan(stages)
+    run_plan(stages, "a")
+    run_plan(stages[:1])
+    assert log == ["a"]

@@ -18,7 +18,7 @@ from prefopt import cli
 from prefopt.errors import RecipeError
 from prefopt.models import load_model
 from prefopt.procedures import MakeStage, TrainStage, make_plan, run_plan
-from prefopt.procedures.lineage import LINEAGE, read_lineage
+from prefopt.procedures.lineage import LINEAGE, lineage_of, read_lineage
 from prefopt.recipe import load_recipe
 from prefopt.reference.identity import identify
 from prefopt.reference.live import AdapterOff
@@ -454,3 +454,12 @@ def test_a_second_stream_of_targets_goes_with_every_step(tmp_path):
     steps = [stage for stage in make_plan(load_recipe(tmp_path / "recipe.yaml")) if isinstance(stage, TrainStage)]
     assert len(steps) == 3
     assert all(step.recipe.data.targets[0].data_files == "answers.jsonl" for step in steps)
+
+
+@pytest.mark.parametrize("written", ["./run", "run/", "run/../run"])
+def test_the_proof_holds_however_the_folder_is_written(tmp_path, written):
+    (tmp_path / "recipe.yaml").write_text(RECIPE.replace("output_dir: run", f"output_dir: {written}"))
+    plan = make_plan(load_recipe(tmp_path / "recipe.yaml"))
+    steps = [stage for stage in plan if isinstance(stage, TrainStage)]
+    parents = [lineage_of(step, plan).parent for step in steps]
+    assert parents == [None, *(step.folder for step in steps[:-1])]
