@@ -22,7 +22,7 @@ _KINDS: dict[str, tuple[type, tuple[str, ...]]] = {
     "reward_model": (RewardJudge, ("dtype", "batch_size", "max_length")),
     "endpoint": (
         EndpointJudge,
-        ("model", "criterion", "key_variable", "workers", "retries", "seconds", "max_tokens", "prices"),
+        ("model", "criterion", "workers", "retries", "seconds", "max_tokens", "prices"),
     ),
 }
 
