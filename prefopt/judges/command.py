@@ -56,6 +56,8 @@ class CommandJudge:
             stdin.write(f"{line}\n")
             stdin.flush()
             answer = stdout.readline()
+        except UnicodeDecodeError:
+            raise UserError(f"judge {self._name}: wrote a line that is not UTF-8") from None
         except OSError:
             answer = ""
         finally:

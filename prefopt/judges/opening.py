@@ -45,7 +45,15 @@ def check_judge(block: Any) -> dict[str, Any]:
 
 
 def judge_facts(block: Mapping[str, Any]) -> dict[str, Any]:
-    """What decides on a judge's scores: its settings, and the file of a function. Raises `UserError` without it."""
+    """What decides on a judge's scores: its settings, the file of a function, the files of a local model.
+
+    Raises `UserError` for a function that no plugin has.
+    """
+    from prefopt.procedures.inputs import sampled  # procedures import judges
+
+    model = Path(str(block.get("reward_model", "")))
+    if "reward_model" in block and model.is_dir():
+        return {"judge": dict(block), "model": sampled(model)}
     if "function" not in block:
         return {"judge": dict(block)}
     file = sys.modules[plugin_function(str(block["function"])).__module__].__file__

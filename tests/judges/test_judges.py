@@ -11,7 +11,7 @@ import torch
 from transformers import LlamaConfig, LlamaForSequenceClassification
 
 from prefopt.errors import RecipeError, UserError
-from prefopt.judges import check_judge, open_judge
+from prefopt.judges import check_judge, judge_facts, open_judge
 from prefopt.judges.command import CONSENT
 from prefopt.judges.endpoint import HOST, KEY
 from prefopt.losses import load_plugin
@@ -104,6 +104,7 @@ def test_a_command_is_asked_line_by_line_and_only_with_consent(tmp_path, monkeyp
         ("print('hello')", "wrote 'hello"),
         ("print('{\"scores\": [1]}')", r"wrote \[1.0\] for 3 answers"),
         ("print('{\"scores\": [1, 2, NaN]}')", "for 3 answers"),
+        (r"import sys; sys.stdout.buffer.write(b'\xff\n')", "wrote a line that is not UTF-8"),
         ("raise SystemExit(3)", "ended with status 3"),
         ("import time; time.sleep(60)", "after 0.5 s without a line"),
     ],
@@ -143,6 +144,27 @@ def test_a_reward_models_scores_are_its_own_whatever_the_batch(tmp_path, prompt)
     with torch.no_grad():
         logits = model(**tokenizer(text, return_tensors="pt", add_special_tokens=isinstance(prompt, str))).logits
     assert together[0] == pytest.approx(float(logits), abs=1e-5)
+
+
+def test_a_reward_model_that_was_trained_again_is_another_judge(tmp_path):
+    block = {"reward_model": reward_model(tmp_path)}
+    before = judge_facts(block)
+    assert judge_facts(block) == before
+    model = LlamaForSequenceClassification.from_pretrained(tmp_path)
+    with torch.no_grad():
+        model.score.weight.add_(1)
+    model.save_pretrained(tmp_path)
+    assert judge_facts(block) != before
+
+
+def test_a_reward_model_whose_score_is_no_number_is_told(tmp_path):
+    name = reward_model(tmp_path)
+    model = LlamaForSequenceClassification.from_pretrained(name)
+    with torch.no_grad():
+        model.score.weight.fill_(torch.nan)
+    model.save_pretrained(name)
+    with pytest.raises(UserError, match="gives nan for the answer ' a cat'"):
+        open_judge({"reward_model": name, "dtype": "float32"}).scores("p", ANSWERS)
 
 
 def test_a_classifier_is_no_reward_model(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import sys
@@ -160,6 +161,20 @@ def test_scores_of_another_judge_are_not_used(tmp_path):
     assert figures["score"] < 0
     assert [line["answers"] for line in after] == [line["answers"] for line in before]
     assert all(score < 0 for line in after for score in line["scores"])
+
+
+def test_scores_of_other_answers_of_the_same_model_are_not_used(tmp_path):
+    run_plan(make_plan(recipe_in(tmp_path))[:3])
+    answers, judged = (tmp_path / "run" / "round-0" / name / "own" for name in ("answers", "judged"))
+    manifest = json.loads((answers / "manifest.json").read_text())
+    for name in manifest["shards"]:
+        rows = [{**row, "text": "a cat", "finished": True} for row in rows_of(answers / name)]
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+        (answers / name).write_text(text)
+        manifest["shards"][name] = hashlib.sha256(text.encode()).hexdigest()
+    (answers / "manifest.json").write_text(json.dumps(manifest))
+    judging.judge_answers({"function": "my_judge.py:length"}, answers, judged)
+    assert {text for line in rows_of(judged / "scores.jsonl") for text in line["answers"]} == {"a cat"}
 
 
 def test_a_plain_sample_of_the_reference_is_the_target(tmp_path):
