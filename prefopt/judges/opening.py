@@ -10,7 +10,7 @@ from typing import Any
 
 from prefopt.errors import RecipeError, nearest
 from prefopt.judges.base import Judge
-from prefopt.judges.command import CommandJudge
+from prefopt.judges.command import CommandJudge, permitted
 from prefopt.judges.endpoint import EndpointJudge
 from prefopt.judges.function import FunctionJudge
 from prefopt.judges.reward import RewardJudge
@@ -42,6 +42,14 @@ def check_judge(block: Any) -> dict[str, Any]:
     if "model" in known and not block.get("model"):
         raise RecipeError("procedure.judge.model: is missing. Write the name the endpoint knows its model by.")
     return dict(block)
+
+
+def refuse_unready(block: Mapping[str, Any]) -> None:
+    """Raise `UserError` for a judge that could not be opened, as far as that shows without a program or a model."""
+    if "command" in block:
+        permitted(block["command"])
+    elif "reward_model" not in block:
+        open_judge(block)
 
 
 def judge_facts(block: Mapping[str, Any]) -> dict[str, Any]:

@@ -186,6 +186,20 @@ def test_a_plain_sample_of_the_reference_is_the_target(tmp_path):
         assert row["target"] == lines[prompts.index(row["prompt"])]["answers"][0]
 
 
+@pytest.mark.parametrize(
+    ("judge", "said"),
+    [
+        ("{command: [no-such-program]}", f"set {CONSENT}=1"),
+        ("{endpoint: localhost, model: m}", "is no address"),
+        ("{function: not_named.py:score}", "a recipe alone never imports code"),
+    ],
+)
+def test_a_judge_that_cannot_be_opened_is_refused_before_anything_is_sampled(tmp_path, monkeypatch, judge, said):
+    monkeypatch.delenv(CONSENT, raising=False)
+    with pytest.raises(UserError, match=said):
+        run_plan(make_plan(recipe_in(tmp_path, judge=judge))[:1])
+
+
 def test_a_command_judges_a_run(tmp_path, monkeypatch):
     monkeypatch.setenv(CONSENT, "1")
     program = tmp_path / "judge.py"
