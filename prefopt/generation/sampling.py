@@ -121,7 +121,7 @@ def sample(
     if batch_size < 1:
         raise UserError(f"batch_size is {batch_size}; it must be at least 1")
     settings = _settings(model, tokenizer, sampling)
-    _check_room(model, draws, sampling)
+    check_room(model, draws, sampling)
     answers: dict[int, Generation] = {}
     order = sorted(range(len(draws)), key=lambda place: len(draws[place].ids), reverse=True)
     with evaluating(model), _only(settings, model):
@@ -182,7 +182,8 @@ def _end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list
     return list(ends)
 
 
-def _check_room(model: Any, draws: Sequence[Draw], sampling: Sampling) -> None:
+def check_room(model: Any, draws: Sequence[Draw], sampling: Sampling) -> None:
+    """Raise `UserError` for a prompt that leaves no room for an answer within the model's positions."""
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     longest = max((len(draw.ids) for draw in draws), default=0)
     if positions is not None and longest + sampling.max_new_tokens > positions:

@@ -22,7 +22,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from prefopt.drift import differences, refuse_drift
 from prefopt.errors import UserError
 from prefopt.generation.prompts import Prompt, encode_prompts, messages_or_text
-from prefopt.generation.sampling import Draw, Generation, Sampling, plan_draws, sample
+from prefopt.generation.sampling import Draw, Generation, Sampling, check_room, plan_draws, sample
 from prefopt.ranks import on_main
 from prefopt.reference.hashing import hash_json
 from prefopt.reference.identity import identify
@@ -56,6 +56,7 @@ def generate_to_disk(
     model.to(state.device)
     encoded = encode_prompts(tokenizer, prompts, chat_template_kwargs)
     draws = plan_draws(encoded, sampling)
+    check_room(model, draws, sampling)  # of the last shard as well, before the first
     parts = [draws[start : start + shard_size] for start in range(0, len(draws), shard_size)]
     identity = identify(model)
     facts = {
@@ -87,10 +88,7 @@ def read_generations(folder: str | Path) -> Iterator[dict[str, Any]]:
     Raises `UserError` where sampling is not finished, a shard is not as it was written, or a record is another model's.
     """
     folder = Path(folder)
-    manifest = _read_manifest(folder)
-    if manifest is None or "shards" not in manifest:
-        raise UserError(f"{folder}: sampling is not finished there. Run the stage that fills it again")
-    for name, digest in manifest["shards"].items():
+    for name, digest in _finished(folder)["shards"].items():
         text = _shard_text(folder / name)
         if hashlib.sha256(text.encode()).hexdigest() != digest:
             raise UserError(f"{folder / name}: is not as it was written. Delete {folder} to sample its answers again")
@@ -103,6 +101,11 @@ def model_of(folder: str | Path) -> str:
     if manifest is None:
         raise UserError(f"{folder}: there are no answers")
     return str(manifest["facts"]["model"]["weights"])
+
+
+def content_of(folder: str | Path) -> str:
+    """A hash of the answers in a folder. Raises `UserError` where sampling is not finished."""
+    return hash_json(_finished(Path(folder))["shards"])
 
 
 def shard_name(number: int) -> str:
@@ -168,6 +171,13 @@ def _shard_text(path: Path) -> str:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read: {error}. Delete the folder to sample its answers again") from error
+
+
+def _finished(folder: Path) -> dict[str, Any]:
+    manifest = _read_manifest(folder)
+    if manifest is None or "shards" not in manifest:
+        raise UserError(f"{folder}: sampling is not finished there. Run the stage that fills it again")
+    return manifest
 
 
 def _read_manifest(folder: Path) -> dict[str, Any] | None:

@@ -1,6 +1,6 @@
 """Judges of answers: a function of yours, a command, a reward model, or an endpoint that speaks OpenAI's protocol."""
 
 from prefopt.judges.base import Judge
-from prefopt.judges.opening import check_judge, judge_facts, open_judge
+from prefopt.judges.opening import check_judge, judge_facts, open_judge, refuse_unready
 
-__all__ = ["Judge", "check_judge", "judge_facts", "open_judge"]
+__all__ = ["Judge", "check_judge", "judge_facts", "open_judge", "refuse_unready"]

@@ -15,6 +15,15 @@ from prefopt.errors import UserError
 CONSENT = "PREFOPT_ALLOW_COMMANDS"
 
 
+def permitted(command: Any) -> list[str]:
+    """The words of a command. Raises `UserError` unless the environment lets a recipe's program run."""
+    words = [command] if isinstance(command, str) else [str(word) for word in command]
+    if os.environ.get(CONSENT) != "1":
+        name = " ".join(words)
+        raise UserError(f"procedure.judge.command: a recipe runs no program. To run {name}, set {CONSENT}=1")
+    return words
+
+
 class CommandJudge:
     """`command: [python, judge.py]`: started once, it reads `{"prompt": ..., "answers": [...]}` lines and writes
     `{"scores": [...]}` lines, in the same order, each at once. `seconds`: longest wait for a line.
@@ -25,10 +34,8 @@ class CommandJudge:
     summary = ""
 
     def __init__(self, command: Any, *, seconds: float = 300) -> None:
-        words = [command] if isinstance(command, str) else [str(word) for word in command]
+        words = permitted(command)
         self._name, self._seconds = " ".join(words), seconds
-        if os.environ.get(CONSENT) != "1":
-            raise UserError(f"procedure.judge.command: a recipe runs no program. To run {self._name}, set {CONSENT}=1")
         try:
             self._process = subprocess.Popen(
                 words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, encoding="utf-8"
@@ -56,6 +63,8 @@ class CommandJudge:
             stdin.write(f"{line}\n")
             stdin.flush()
             answer = stdout.readline()
+        except UnicodeDecodeError:
+            raise UserError(f"judge {self._name}: wrote a line that is not UTF-8") from None
         except OSError:
             answer = ""
         finally:

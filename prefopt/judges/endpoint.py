@@ -7,20 +7,23 @@ which counts one half.
 
 from __future__ import annotations
 
+import http.client
 import json
 import os
 import re
 import threading
 import time
 import urllib.error
+import urllib.parse
 import urllib.request
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import combinations
-from typing import Any
+from typing import Any, NoReturn
 
 from prefopt.errors import UserError
 
+KEY, HOST = "PREFOPT_JUDGE_KEY", "PREFOPT_JUDGE_HOST"
 CRITERION = "Which answer is more helpful, correct and clear?"
 QUESTION = """\
 {criterion}
@@ -35,7 +38,7 @@ QUESTION = """\
 {second}
 
 Reply with one letter alone: A, B, or T for a tie."""
-_VERDICT = re.compile(r"\b([ABT])\b")
+_TIE, _LETTER = re.compile(r"\btied?\b", re.IGNORECASE), re.compile(r"\b[ABT]\b")
 _PASSING = (408, 409, 425, 429, 500, 502, 503, 504)
 _VALUE = {"A": 1.0, "B": 0.0, "T": 0.5}
 
@@ -43,8 +46,10 @@ _VALUE = {"A": 1.0, "B": 0.0, "T": 0.5}
 class EndpointJudge:
     """`endpoint: http://host/v1`, `model: NAME`.
 
-    `key_variable` names the environment variable that holds the key, so that no recipe does. `prices`: dollars for a
-    million tokens, `[in, out]`, for the summary. Every call is tried `retries` times more, after waits that double.
+    The key is that of the environment variable `PREFOPT_JUDGE_KEY`, and is sent only where `PREFOPT_JUDGE_HOST` names
+    the endpoint's host and port: a recipe alone never sends a secret to a host of its choice. Redirects are refused.
+    `prices`: dollars for a million tokens, `[in, out]`, for the summary. Every call is tried `retries` times more,
+    after waits that double.
     """
 
     def __init__(
@@ -53,7 +58,6 @@ class EndpointJudge:
         *,
         model: str,
         criterion: str = CRITERION,
-        key_variable: str = "OPENAI_API_KEY",
         workers: int = 8,
         retries: int = 5,
         seconds: float = 120,
@@ -64,7 +68,8 @@ class EndpointJudge:
         self._url = f"{str(endpoint).rstrip('/')}/chat/completions"
         if not self._url.startswith(("http://", "https://")):
             raise UserError(f"procedure.judge.endpoint: `{endpoint}` is no address. Write http://... or https://...")
-        self._model, self._criterion, self._key = model, criterion, os.environ.get(key_variable)
+        self._model, self._criterion, self._key = model, criterion, _key_for(self._url)
+        self._opener = urllib.request.build_opener(_NoRedirects)
         self._workers, self._retries, self._seconds, self._wait = workers, retries, seconds, wait
         self._max_tokens, self._prices = max_tokens, prices
         self._lock = threading.Lock()
@@ -110,13 +115,13 @@ class EndpointJudge:
             text = str(reply["choices"][0]["message"]["content"])
         except (LookupError, TypeError):
             raise UserError(f"judge {self._url}: answered {str(reply)[:200]}, not a chat completion") from None
-        verdict = _VERDICT.findall(text)
+        verdict = _verdict(text)
         usage = reply.get("usage") or {}
         with self._lock:
             self._counts["in"] += int(usage.get("prompt_tokens") or 0)
             self._counts["out"] += int(usage.get("completion_tokens") or 0)
-            self._counts["unclear"] += not verdict
-        return _VALUE[verdict[0]] if verdict else 0.5
+            self._counts["unclear"] += verdict is None
+        return 0.5 if verdict is None else _VALUE[verdict]
 
     def _post(self, body: bytes) -> Any:
         headers = {
@@ -129,13 +134,39 @@ class EndpointJudge:
                 self._counts["retries"] += attempt > 0
             try:
                 request = urllib.request.Request(self._url, body, headers)
-                with urllib.request.urlopen(request, timeout=self._seconds) as answer:
+                with self._opener.open(request, timeout=self._seconds) as answer:
                     return json.load(answer)
             except urllib.error.HTTPError as error:
                 reason = f"status {error.code}"
                 if error.code not in _PASSING:
                     raise UserError(f"judge {self._url}: refuses with {reason}: {error.read()[:200]!r}") from None
-            except (OSError, ValueError) as error:
+            except (OSError, ValueError, http.client.HTTPException) as error:
                 reason = str(error)
             time.sleep(self._wait * 2**attempt if attempt < self._retries else 0)
         raise UserError(f"judge {self._url}: no answer after {self._retries + 1} calls, the last one: {reason}")
+
+
+class _NoRedirects(urllib.request.HTTPRedirectHandler):
+    """A redirect would take the key and the answers to a host that nobody named."""
+
+    def redirect_request(self, req: Any, fp: Any, code: int, msg: str, headers: Any, newurl: str) -> NoReturn:
+        raise UserError(f"judge {req.full_url}: redirects to {newurl}. Write the address that answers itself")
+
+
+def _key_for(url: str) -> str | None:
+    """The key for an address, None without one. Raises `UserError` for a key whose host is another, or not named."""
+    key, host = os.environ.get(KEY), urllib.parse.urlsplit(url).netloc
+    if key and os.environ.get(HOST) != host:
+        raise UserError(
+            f"procedure.judge.endpoint: a recipe alone sends no key. To send {KEY} to {host}, set {HOST}={host}; "
+            f"to send none, unset {KEY}"
+        )
+    return key or None
+
+
+def _verdict(text: str) -> str | None:
+    """`A`, `B` or `T`; None for a reply that names none of them, or several."""
+    if _TIE.search(text):
+        return "T"
+    letters = set(_LETTER.findall(text))
+    return letters.pop() if len(letters) == 1 else None

@@ -10,7 +10,7 @@ from typing import Any
 
 from prefopt.errors import RecipeError, nearest
 from prefopt.judges.base import Judge
-from prefopt.judges.command import CommandJudge
+from prefopt.judges.command import CommandJudge, permitted
 from prefopt.judges.endpoint import EndpointJudge
 from prefopt.judges.function import FunctionJudge
 from prefopt.judges.reward import RewardJudge
@@ -22,7 +22,7 @@ _KINDS: dict[str, tuple[type, tuple[str, ...]]] = {
     "reward_model": (RewardJudge, ("dtype", "batch_size", "max_length")),
     "endpoint": (
         EndpointJudge,
-        ("model", "criterion", "key_variable", "workers", "retries", "seconds", "max_tokens", "prices"),
+        ("model", "criterion", "workers", "retries", "seconds", "max_tokens", "prices"),
     ),
 }
 
@@ -44,8 +44,24 @@ def check_judge(block: Any) -> dict[str, Any]:
     return dict(block)
 
 
+def refuse_unready(block: Mapping[str, Any]) -> None:
+    """Raise `UserError` for a judge that could not be opened, as far as that shows without a program or a model."""
+    if "command" in block:
+        permitted(block["command"])
+    elif "reward_model" not in block:
+        open_judge(block)
+
+
 def judge_facts(block: Mapping[str, Any]) -> dict[str, Any]:
-    """What decides on a judge's scores: its settings, and the file of a function. Raises `UserError` without it."""
+    """What decides on a judge's scores: its settings, the file of a function, the files of a local model.
+
+    Raises `UserError` for a function that no plugin has.
+    """
+    from prefopt.procedures.inputs import sampled  # procedures import judges
+
+    model = Path(str(block.get("reward_model", "")))
+    if "reward_model" in block and model.is_dir():
+        return {"judge": dict(block), "model": sampled(model)}
     if "function" not in block:
         return {"judge": dict(block)}
     file = sys.modules[plugin_function(str(block["function"])).__module__].__file__

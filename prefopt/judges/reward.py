@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -31,6 +32,9 @@ class RewardJudge:
         scores: list[float] = []
         for start in range(0, len(rows), self._batch_size):
             scores += self._batch(rows[start : start + self._batch_size])
+        for answer, score in zip(answers, scores, strict=True):
+            if not math.isfinite(score):
+                raise UserError(f"judge {self._name}: gives {score} for the answer {answer!r}. Try dtype: float32")
         return scores
 
     def _ids(self, prompt: Any, answer: str) -> list[int]:

@@ -31,7 +31,7 @@ from prefopt.procedures.pairing import (
     write_figures,
     write_rows,
 )
-from prefopt.procedures.rounds import HELD_OUT, OWN, RoundSettings, model_folder, round_folder
+from prefopt.procedures.rounds import HELD_OUT, LENGTHS, OWN, RoundSettings, model_folder, round_folder
 from prefopt.procedures.train import BAD_ROWS, open_tokenizer
 from prefopt.ranks import on_main
 from prefopt.recipe import Recipe
@@ -100,7 +100,6 @@ NOTE = (
     "data's own answers to held-out prompts, or the judge's mean score; the share of sampled answers that reached the "
     "limit of new tokens; mean lengths; and the last figures of the training that made the model."
 )
-LENGTHS = ("max_length", "truncation_mode", "cut_answers", "min_prompt_tokens", "prompt_boundary", "max_dropped")
 
 
 def write_data(recipe: Recipe, folder: Path, settings: RoundSettings, *, answers: bool) -> dict[str, int]:

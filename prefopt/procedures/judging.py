@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 from prefopt.console import say
 from prefopt.data.formats import Example
 from prefopt.generation import read_generations
-from prefopt.generation.shards import model_of
+from prefopt.generation.shards import content_of
 from prefopt.judges import Judge, judge_facts, open_judge
 from prefopt.procedures.pairing import as_answer, pair_row, usable, write_rows
 from prefopt.ranks import on_main
@@ -32,11 +32,11 @@ def judge_answers(block: Mapping[str, Any], answers: Path, folder: Path) -> dict
     """Judge the answers in a folder and write `scores.jsonl`; every rank calls this and judges its share.
 
     Only answers that ended and hold text are judged. A line holds `prompt_index`, `answers`, `scores`, how many were
-    `left_out`, and `by`, a hash of the judge's settings and of the model that answered. Chunks that are there already
-    are kept. Returns figures: answers judged, their mean score, mean of the best, share of prompts without a
-    difference. Raises `UserError` where a judgement cannot be had.
+    `left_out`, and `by`, a hash of the judge's settings and of the answers. Chunks that are there already are kept.
+    Returns figures: answers judged, their mean score, mean of the best, share of prompts without a difference. Raises
+    `UserError` where a judgement cannot be had.
     """
-    state, by = PartialState(), hash_json([judge_facts(block), model_of(answers)])[:16]
+    state, by = PartialState(), hash_json([judge_facts(block), content_of(answers)])[:16]
     if not on_main(lambda: _is_judged(folder / SCORES, by)):
         records = [list(group) for _, group in groupby(read_generations(answers), key=itemgetter("prompt_index"))]
         chunks = {

@@ -8,13 +8,13 @@ it is trained on. Answers that were cut off are not judged.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from prefopt.console import say
 from prefopt.errors import RecipeError, UserError
-from prefopt.judges import check_judge, judge_facts
+from prefopt.judges import check_judge, judge_facts, refuse_unready
 from prefopt.procedures.inputs import sha256_of
 from prefopt.procedures.pairing import TEST, TRAIN, read_data, write_rows
 from prefopt.procedures.round_stages import answers_stage, data_stage, report_stage
@@ -78,7 +78,7 @@ def online(recipe: Recipe) -> Sequence[Stage]:
     if recipe.model.model_name_or_path is None:
         raise RecipeError("model_name_or_path: is missing. A model with random weights has no answers to judge.")
     data, rounds = Path(recipe.output_dir) / "data", settings.rounds
-    stages: list[Stage] = [data_stage(recipe, data, settings, answers=False)]
+    stages: list[Stage] = [_data_stage(recipe, data, settings)]
     for number in range(rounds):
         stages += [
             answers_stage(recipe, data, settings, number),
@@ -89,6 +89,17 @@ def online(recipe: Recipe) -> Sequence[Stage]:
     if recipe.evaluates:
         stages += [answers_stage(recipe, data, settings, rounds), _judged_stage(recipe, settings, rounds)]
     return [*stages, report_stage(recipe, settings, "Online rounds")]
+
+
+def _data_stage(recipe: Recipe, data: Path, settings: OnlineSettings) -> MakeStage:
+    """The stage of the prompts, which first refuses a judge that could not be opened after all the sampling."""
+    stage = data_stage(recipe, data, settings, answers=False)
+
+    def make() -> Any:
+        refuse_unready(settings.judge)
+        return stage.make()
+
+    return replace(stage, make=make)
 
 
 def _judged_stage(recipe: Recipe, settings: OnlineSettings, number: int) -> MakeStage:

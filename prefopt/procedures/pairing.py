@@ -26,6 +26,7 @@ def read_data(path: Path) -> list[Example]:
             desirable=True,
             tools=row.get("tools"),
             chat_template_kwargs=row.get("chat_template_kwargs") or {},
+            unfinished=tuple(row.get("unfinished", ())),
             where=Where(str(path), number, number + 1),
         )
         for number, row in enumerate(rows)
@@ -51,7 +52,8 @@ def prompt_row(example: Example) -> dict[str, Any]:
 
 def answer_row(example: Example) -> dict[str, Any]:
     """An example as a row: its prompt and its good answer."""
-    return {"prompt": example.prompt, "completion": example.completion, "label": True, **_besides(example)}
+    answer = {"completion": example.completion, "label": True, "unfinished": list(example.unfinished)}
+    return {"prompt": example.prompt, **answer, **_besides(example)}
 
 
 def pair_row(example: Example, chosen: Any, rejected: Any, **columns: Any) -> dict[str, Any]:

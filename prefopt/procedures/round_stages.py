@@ -12,6 +12,7 @@ from prefopt.console import say
 from prefopt.procedures.inputs import sampled, sha256_of
 from prefopt.procedures.pairing import SUPERVISED, TEST
 from prefopt.procedures.rounds import (
+    LENGTHS,
     OWN,
     RoundSettings,
     answers_folder,
@@ -63,12 +64,25 @@ def answers_stage(recipe: Recipe, data: Path, settings: RoundSettings, number: i
         return figures
 
     def inputs() -> dict[str, Any]:
-        name = str(own.model.model_name_or_path)
-        model = sampled(Path(name)) if Path(name).is_dir() else name
-        return {"model": model, "data": {file.name: sha256_of(file) for file in sorted(data.glob("*.jsonl"))}}
+        named = {"model": own.model.model_name_or_path, "tokenizer": own.model.tokenizer_name_or_path}
+        models = {what: sampled(Path(name)) if name and Path(name).is_dir() else name for what, name in named.items()}
+        template = own.model.chat_template_path
+        return {
+            **models,
+            "template": sha256_of(Path(template)) if template else None,
+            "data": {file.name: sha256_of(file) for file in sorted(data.glob("*.jsonl"))},
+        }
 
-    facts = {**asdict(settings.sampling(number, 0)), "seed": recipe.training.get("seed")}
+    facts = {**_read_by_answers(own), **asdict(settings.sampling(number, 0)), "seed": recipe.training.get("seed")}
     return MakeStage(f"answers-{number}", folder, make, facts, on_every_rank=True, inputs=inputs)
+
+
+def _read_by_answers(recipe: Recipe) -> dict[str, Any]:
+    """What decides how a model is loaded, prompts are rendered and the data's own answers are measured."""
+    named = ("chat_template_kwargs", *LENGTHS)
+    model = asdict(recipe.model)
+    del model["model_name_or_path"]  # `inputs` have what lies there
+    return {**model, **{name: recipe.training.get(name) for name in named}}
 
 
 def report_stage(recipe: Recipe, settings: RoundSettings, title: str) -> MakeStage:

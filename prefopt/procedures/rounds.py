@@ -21,6 +21,7 @@ PAIRS, TEST_PAIRS = "pairs.jsonl", "test_pairs.jsonl"
 OWN, HELD_OUT = "own", "held_out"
 ROUND_SETTINGS = ("learning_rate", "num_train_epochs")
 BETA = "beta"
+LENGTHS = ("max_length", "truncation_mode", "cut_answers", "min_prompt_tokens", "prompt_boundary", "max_dropped")
 
 Settings = TypeVar("Settings", bound="RoundSettings")
 

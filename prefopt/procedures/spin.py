@@ -160,7 +160,8 @@ def _pairs(
             counts["left out, the data's own"] += 1
             continue
         counts["cut off"] += not record["finished"]
-        open_end = [] if record["finished"] or settings.append_eos_to_truncated else ["rejected"]
+        open_end = ["chosen"] if example.unfinished else []
+        open_end += [] if record["finished"] or settings.append_eos_to_truncated else ["rejected"]
         rows.append(pair_row(example, example.completion, answer, unfinished=open_end, round=source))
     return rows
 

@@ -15,7 +15,7 @@ from prefopt.errors import UserError
 from prefopt.generation import Sampling, generate, generate_to_disk, read_generations
 from prefopt.generation import shards as shards_module
 from prefopt.generation.sampling import DrawTokens
-from prefopt.generation.shards import MANIFEST, shard_name
+from prefopt.generation.shards import MANIFEST, content_of, shard_name
 from prefopt.reference.identity import identify
 from tests.helpers import make_model, make_tokenizer, text_pairs
 
@@ -44,6 +44,21 @@ def test_records_are_the_answers_of_generate(model, tokenizer, tmp_path):
     assert {record["model"] for record in records} == {identify(model).weights}
     assert (manifest["answers"], len(manifest["shards"])) == (22, 6)
     assert manifest["finished"] == sum(answer.finished for answer in answers)
+
+
+def test_a_prompt_without_room_is_refused_before_the_first_shard(model, tmp_path):
+    with pytest.raises(UserError, match=r"max_new_tokens: the longest prompt has"):
+        write(tmp_path / "answers", model, prompts=[*PROMPTS, "the cat " * 600])
+    assert not (tmp_path / "answers").exists()
+
+
+def test_the_content_of_a_folder_is_that_of_its_answers(model, tmp_path):
+    for name, seed in (("one", 3), ("same", 3), ("other", 4)):
+        write(tmp_path / name, model, Sampling(samples_per_prompt=2, max_new_tokens=10, seed=seed))
+    one, same, other = (content_of(tmp_path / name) for name in ("one", "same", "other"))
+    assert one == same != other
+    with pytest.raises(UserError, match="sampling is not finished"):
+        content_of(tmp_path)
 
 
 def test_a_run_that_was_killed_goes_on_at_the_shard_and_ends_with_the_same_bytes(model, tmp_path, monkeypatch):

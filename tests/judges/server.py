@@ -10,11 +10,15 @@ from typing import Any
 
 
 class Endpoint:
-    """Replies to each request with what `verdict(question)` gives; `faults` are statuses given before that."""
+    """Replies to each request with what `verdict(question)` gives; `faults` are statuses given before that.
+
+    A fault of 0 is an answer that breaks off; one of 3xx leads to `location`.
+    """
 
     def __init__(self, verdict: Callable[[str], str]) -> None:
         self.verdict = verdict
         self.faults: list[int] = []
+        self.location = ""
         self.requests: list[dict[str, Any]] = []
         self.keys: set[str | None] = set()
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), self._handler())
@@ -42,8 +46,10 @@ class Endpoint:
                     "usage": {"prompt_tokens": 100, "completion_tokens": 2},
                 }
                 data = json.dumps(reply if status == 200 else {"error": "no"}).encode()
-                self.send_response(status)
-                self.send_header("Content-Length", str(len(data)))
+                self.send_response(status or 200)
+                self.send_header("Content-Length", str(len(data) + 10 * (status == 0)))
+                if 300 <= status < 400:
+                    self.send_header("Location", endpoint.location)
                 self.end_headers()
                 self.wfile.write(data)
 

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import re
 import sys
+from urllib.parse import urlsplit
 
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForSequenceClassification
 
 from prefopt.errors import RecipeError, UserError
-from prefopt.judges import check_judge, open_judge
+from prefopt.judges import check_judge, judge_facts, open_judge
 from prefopt.judges.command import CONSENT
+from prefopt.judges.endpoint import HOST, KEY
 from prefopt.losses import load_plugin
 from tests.helpers import make_tokenizer
 from tests.judges.server import Endpoint
@@ -102,6 +104,7 @@ def test_a_command_is_asked_line_by_line_and_only_with_consent(tmp_path, monkeyp
         ("print('hello')", "wrote 'hello"),
         ("print('{\"scores\": [1]}')", r"wrote \[1.0\] for 3 answers"),
         ("print('{\"scores\": [1, 2, NaN]}')", "for 3 answers"),
+        (r"import sys; sys.stdout.buffer.write(b'\xff\n')", "wrote a line that is not UTF-8"),
         ("raise SystemExit(3)", "ended with status 3"),
         ("import time; time.sleep(60)", "after 0.5 s without a line"),
     ],
@@ -143,14 +146,36 @@ def test_a_reward_models_scores_are_its_own_whatever_the_batch(tmp_path, prompt)
     assert together[0] == pytest.approx(float(logits), abs=1e-5)
 
 
+def test_a_reward_model_that_was_trained_again_is_another_judge(tmp_path):
+    block = {"reward_model": reward_model(tmp_path)}
+    before = judge_facts(block)
+    assert judge_facts(block) == before
+    model = LlamaForSequenceClassification.from_pretrained(tmp_path)
+    with torch.no_grad():
+        model.score.weight.add_(1)
+    model.save_pretrained(tmp_path)
+    assert judge_facts(block) != before
+
+
+def test_a_reward_model_whose_score_is_no_number_is_told(tmp_path):
+    name = reward_model(tmp_path)
+    model = LlamaForSequenceClassification.from_pretrained(name)
+    with torch.no_grad():
+        model.score.weight.fill_(torch.nan)
+    model.save_pretrained(name)
+    with pytest.raises(UserError, match="gives nan for the answer ' a cat'"):
+        open_judge({"reward_model": name, "dtype": "float32"}).scores("p", ANSWERS)
+
+
 def test_a_classifier_is_no_reward_model(tmp_path):
     with pytest.raises(UserError, match="has 3 outputs; a reward model has one"):
         open_judge({"reward_model": reward_model(tmp_path, labels=3)})
 
 
 def test_an_endpoint_compares_every_two_answers_in_both_orders(endpoint, monkeypatch):
-    monkeypatch.setenv("MY_KEY", "s3cret")
-    judge = judge_at(endpoint, key_variable="MY_KEY", prices=[1.0, 10.0], criterion="The longer one wins.")
+    monkeypatch.setenv(KEY, "s3cret")
+    monkeypatch.setenv(HOST, urlsplit(endpoint.url).netloc)
+    judge = judge_at(endpoint, prices=[1.0, 10.0], criterion="The longer one wins.")
     assert judge.scores("p", ANSWERS) == [0.5, 0.0, 1.0]
     assert len(endpoint.requests) == 6
     assert {request["path"] for request in endpoint.requests} == {"/v1/chat/completions"}
@@ -164,11 +189,59 @@ def test_a_judge_that_likes_the_first_place_prefers_nobody(endpoint):
     assert judge_at(endpoint).scores("p", ANSWERS) == [0.5, 0.5, 0.5]
 
 
-def test_a_tie_and_an_unclear_reply_count_one_half(endpoint):
-    endpoint.verdict = lambda question: "Tie"
+@pytest.mark.parametrize("host", [None, "127.0.0.1", "api.example.com"])
+def test_a_recipe_alone_sends_no_key_to_a_host_of_its_choice(endpoint, monkeypatch, host):
+    monkeypatch.setenv(KEY, "s3cret")
+    monkeypatch.setenv(HOST, host) if host else monkeypatch.delenv(HOST, raising=False)
+    with pytest.raises(UserError, match=f"set {HOST}={urlsplit(endpoint.url).netloc}"):
+        judge_at(endpoint)
+    with pytest.raises(RecipeError, match="key_variable: not read"):
+        judge_at(endpoint, key_variable="HOME")
+
+
+def test_without_a_key_none_is_sent(endpoint, monkeypatch):
+    monkeypatch.delenv(KEY, raising=False)
+    monkeypatch.setenv("OPENAI_API_KEY", "s3cret")
+    judge_at(endpoint).scores("p", ANSWERS[:2])
+    assert endpoint.keys == {None}
+
+
+@pytest.mark.parametrize("status", [301, 302, 303])
+def test_a_redirect_is_refused(endpoint, status):
+    other = Endpoint(longer)
+    endpoint.faults, endpoint.location = [status] * 2, f"{other.url}/elsewhere"
+    with pytest.raises(UserError, match=r"redirects to .*elsewhere"):
+        judge_at(endpoint, workers=1).scores("p", ANSWERS[:2])
+    other.close()
+    assert not other.requests
+
+
+@pytest.mark.parametrize(
+    ("reply", "value", "clear"),
+    [
+        ("A", 1.0, True),
+        ("Answer B.", 0.0, True),
+        ("B, since B is kinder", 0.0, True),
+        ("T", 0.5, True),
+        ("Tie", 0.5, True),
+        ("A tie.", 0.5, True),
+        ("A and B are tied", 0.5, True),
+        ("A is worse than B", 0.5, False),
+        ("I cannot say", 0.5, False),
+    ],
+)
+def test_a_verdict_is_one_letter_or_a_tie(endpoint, reply, value, clear):
+    endpoint.verdict = lambda question: reply
     judge = judge_at(endpoint)
-    assert judge.scores("p", ANSWERS[:2]) == [0.5, 0.5]
-    assert "2 replies without a verdict" in judge.summary
+    assert judge._compare("p", *ANSWERS[:2]) == value
+    assert ("1 replies without a verdict" in judge.summary) is not clear
+
+
+def test_an_answer_that_breaks_off_is_asked_for_again(endpoint):
+    endpoint.faults = [0]
+    judge = judge_at(endpoint, workers=1)
+    assert judge.scores("p", ANSWERS[:2]) == [1.0, 0.0]
+    assert judge.summary.startswith("3 calls (1 again)")
 
 
 def test_an_endpoint_is_asked_again_when_it_is_busy(endpoint):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import sys
@@ -162,6 +163,20 @@ def test_scores_of_another_judge_are_not_used(tmp_path):
     assert all(score < 0 for line in after for score in line["scores"])
 
 
+def test_scores_of_other_answers_of_the_same_model_are_not_used(tmp_path):
+    run_plan(make_plan(recipe_in(tmp_path))[:3])
+    answers, judged = (tmp_path / "run" / "round-0" / name / "own" for name in ("answers", "judged"))
+    manifest = json.loads((answers / "manifest.json").read_text())
+    for name in manifest["shards"]:
+        rows = [{**row, "text": "a cat", "finished": True} for row in rows_of(answers / name)]
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+        (answers / name).write_text(text)
+        manifest["shards"][name] = hashlib.sha256(text.encode()).hexdigest()
+    (answers / "manifest.json").write_text(json.dumps(manifest))
+    judging.judge_answers({"function": "my_judge.py:length"}, answers, judged)
+    assert {text for line in rows_of(judged / "scores.jsonl") for text in line["answers"]} == {"a cat"}
+
+
 def test_a_plain_sample_of_the_reference_is_the_target(tmp_path):
     recipe = recipe_in(tmp_path, more=", sample_targets: true", loss="{name: slic}")
     run_plan(make_plan(recipe)[:5])
@@ -169,6 +184,20 @@ def test_a_plain_sample_of_the_reference_is_the_target(tmp_path):
     prompts = [row["prompt"] for row in rows_of(tmp_path / "run" / "data" / "train.jsonl")]
     for row in rows_of(tmp_path / "run" / "round-0" / "pairs" / "pairs.jsonl"):
         assert row["target"] == lines[prompts.index(row["prompt"])]["answers"][0]
+
+
+@pytest.mark.parametrize(
+    ("judge", "said"),
+    [
+        ("{command: [no-such-program]}", f"set {CONSENT}=1"),
+        ("{endpoint: localhost, model: m}", "is no address"),
+        ("{function: not_named.py:score}", "a recipe alone never imports code"),
+    ],
+)
+def test_a_judge_that_cannot_be_opened_is_refused_before_anything_is_sampled(tmp_path, monkeypatch, judge, said):
+    monkeypatch.delenv(CONSENT, raising=False)
+    with pytest.raises(UserError, match=said):
+        run_plan(make_plan(recipe_in(tmp_path, judge=judge))[:1])
 
 
 def test_a_command_judges_a_run(tmp_path, monkeypatch):

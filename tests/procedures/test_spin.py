@@ -18,6 +18,8 @@ from prefopt.generation import shards
 from prefopt.losses import names
 from prefopt.models import load_model
 from prefopt.procedures import MakeStage, TrainStage, make_plan, run_plan
+from prefopt.procedures.inputs import inputs_of
+from prefopt.procedures.pairing import read_data
 from prefopt.procedures.rounds import BETA
 from prefopt.procedures.spin import PAPER
 from prefopt.recipe import load_recipe
@@ -324,6 +326,48 @@ def test_an_edited_start_model_is_seen(tmp_path):
     make_model(seed=9, vocab_size=len(make_tokenizer())).save_pretrained(tmp_path / "tiny")
     with pytest.raises(UserError, match="model: "):
         run_plan(make_plan(recipe))
+
+
+TEMPLATE = "{% for turn in messages %}<|{{ turn.role }}|>{{ turn.content }}{% endfor %}"
+
+
+def test_answers_sampled_with_another_chat_template_are_not_used(tmp_path):
+    file = prepare(tmp_path, chat=True)
+    template = tmp_path / "chat.jinja"
+    template.write_text(TEMPLATE + "<|assistant|>")
+    answers = make_plan(load_recipe(file, ["--chat_template_path", str(template)]))[1]
+    before = inputs_of(answers)
+    template.write_text(TEMPLATE)
+    assert {name for name in before if inputs_of(answers)[name] != before[name]} == {"template"}
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("model_revision", "main"),
+        ("tokenizer_name_or_path", "other"),
+        ("dtype", "bfloat16"),
+        ("chat_template_kwargs", "{enable_thinking: false}"),
+        ("max_length", "64"),
+    ],
+)
+def test_what_answers_are_sampled_and_measured_with_is_a_fact_of_their_stage(tmp_path, option, value):
+    file = prepare(tmp_path)
+    before, after = (inputs_of(make_plan(load_recipe(file, options))[1]) for options in ([], [f"--{option}", value]))
+    assert before[option] != after[option]
+
+
+def test_answers_of_the_data_that_were_cut_off_stay_so(tmp_path):
+    file = prepare(tmp_path)
+    rows = [{**row, "unfinished": ["completion"]} for row in rows_of(tmp_path / "answers.jsonl")]
+    (tmp_path / "answers.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run_plan(make_plan(load_recipe(file))[:3])
+    assert {example.unfinished for example in read_data(tmp_path / "run" / "data" / "train.jsonl")} == {("completion",)}
+    assert {example.unfinished for example in read_data(tmp_path / "run" / "data" / "test.jsonl")} == {()}
+    pairs = rows_of(tmp_path / "run" / "round-0" / "pairs" / "pairs.jsonl")
+    assert pairs and all("chosen" in row["unfinished"] for row in pairs)
+    held_out = rows_of(tmp_path / "run" / "round-0" / "pairs" / "test_pairs.jsonl")
+    assert held_out and all("chosen" not in row["unfinished"] for row in held_out)
 
 
 def test_real_answers_have_no_part_in_what_is_sampled(finished, tmp_path):
