@@ -230,6 +230,15 @@ def folder(tmp_path, monkeypatch):
     return tmp_path
 
 
+@pytest.fixture
+def hears_ctrl_c():
+    """Started in the background by a shell, this process would ignore it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("hears_ctrl_c")
 @pytest.mark.parametrize(("error", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_run_that_was_told_to_end_is_not_finished_and_the_same_command_finishes_it(
     folder, monkeypatch, capsys, error, status
