@@ -14,7 +14,7 @@ from pathlib import Path
 from prefopt.errors import Stopped, UserError
 from prefopt.exit_status import leave_status
 from prefopt.reference.command import add_cache
-from prefopt.row_commands import add_commands
+from prefopt.row_commands import add_commands, output_file
 
 _OVERRIDES = "Any setting of the recipe can be given as --key value, --key=value or --loss.beta value; it wins."
 _STDOUT = 1
@@ -192,7 +192,7 @@ def _evaluate(options: argparse.Namespace, rest: list[str]) -> None:
     from prefopt.report.results import write_whole
 
     say(starting_line(asked))
-    file = _writable(options.json) if options.json and _is_first_rank() else None
+    file = output_file(options.json, "--json") if options.json and _is_first_rank() else None
     result = evaluate_files(
         options.model,
         options.data,
@@ -216,16 +216,6 @@ def _push(options: argparse.Namespace, rest: list[str]) -> None:
         revision=options.revision,
         dry_run=options.dry_run,
     )
-
-
-def _writable(name: str) -> Path:
-    """The file to write, its folder made beforehand: an evaluation is not lost for want of a place."""
-    file = Path(name)
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--json: {file} cannot be written: {error.strerror}. Name another file.") from error
-    return file
 
 
 def _count(text: str) -> int:

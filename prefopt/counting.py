@@ -10,13 +10,13 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from prefopt.data import Example, load_train_test
 from prefopt.data.columns import refuse_rows
+from prefopt.data.prepare import WEIGHT
 from prefopt.data.tokenization import TokenSettings, tokenize_examples
 from prefopt.errors import UserError
 from prefopt.recipe import Recipe
 
 SAMPLE = 2000
 CHARACTERS_PER_TOKEN = 4
-WEIGHT = "weight"
 LENGTH_SETTINGS = ("max_length", "truncation_mode", "cut_answers", "min_prompt_tokens", "max_dropped")
 
 

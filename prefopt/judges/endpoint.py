@@ -102,7 +102,11 @@ class EndpointJudge:
 
     def _compare(self, prompt: Any, first: str, second: str) -> float:
         """1 where the first answer wins, 0 where the second does, one half for a tie or an unclear reply."""
-        said = prompt if isinstance(prompt, str) else "\n".join(f"{turn['role']}: {turn['content']}" for turn in prompt)
+        said = (
+            prompt
+            if isinstance(prompt, str)
+            else "\n".join(f"{turn['role']}: {turn.get('content') or ''}" for turn in prompt)
+        )
         question = QUESTION.format(criterion=self._criterion, prompt=said, first=first, second=second)
         body = {
             "model": self._model,
