@@ -129,9 +129,30 @@ def sample(
             places = order[start : start + batch_size]
             batch = [draws[place] for place in places]
             for place, row in zip(places, _sample_batch(model, batch, sampling, settings), strict=True):
-                answers[place] = _answer(tokenizer, draws[place].prompt_index, row, settings)
+                answers[place] = to_generation(tokenizer, draws[place].prompt_index, row, settings.eos_token_id)
             sampled(len(places))
     return [answers[place] for place in range(len(draws))]
+
+
+def end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The tokenizer's EOS and every end marker the model was published with (chat models often have two).
+
+    Raises `UserError` where there is none.
+    """
+    stored = getattr(model.generation_config, "eos_token_id", None)
+    listed = stored if isinstance(stored, list) else [stored]
+    ends = dict.fromkeys(token for token in (tokenizer.eos_token_id, *listed) if token is not None)
+    if not ends:
+        raise UserError("neither the tokenizer nor the model has an end-of-sequence token, so no answer could end")
+    return list(ends)
+
+
+def to_generation(tokenizer: PreTrainedTokenizerBase, index: int, row: list[int], ends: Sequence[int]) -> Generation:
+    """New tokens `row` as an answer to prompt `index`: up to and with the first end marker; padding may follow it."""
+    end = next((place for place, token in enumerate(row) if token in ends), None)
+    token_ids = row if end is None else row[: end + 1]
+    text = tokenizer.decode(row[:end], skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    return Generation(prompt_index=index, text=str(text), token_ids=token_ids, finished=end is not None)
 
 
 class DrawTokens(LogitsProcessor):
@@ -161,7 +182,7 @@ def _seed_of(seed: int, number: int, ids: Sequence[int]) -> int:
 
 
 def _settings(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, sampling: Sampling) -> GenerationConfig:
-    ends = _end_ids(model, tokenizer)
+    ends = end_ids(model, tokenizer)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else ends[0]
     return GenerationConfig(
         max_new_tokens=sampling.max_new_tokens,
@@ -170,16 +191,6 @@ def _settings(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, sampli
         use_cache=True,
         do_sample=False,  # `DrawTokens` draws
     )
-
-
-def _end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The tokenizer's EOS and every end marker the model was published with (chat models often have two)."""
-    stored = getattr(model.generation_config, "eos_token_id", None)
-    listed = stored if isinstance(stored, list) else [stored]
-    ends = dict.fromkeys(token for token in (tokenizer.eos_token_id, *listed) if token is not None)
-    if not ends:
-        raise UserError("neither the tokenizer nor the model has an end-of-sequence token, so no answer could end")
-    return list(ends)
 
 
 def check_room(model: Any, draws: Sequence[Draw], sampling: Sampling) -> None:
@@ -235,12 +246,3 @@ def _processors(draws: Sequence[Draw], sampling: Sampling, width: int) -> Logits
     cuts: list[LogitsProcessor] = [TemperatureLogitsWarper(float(sampling.temperature))]
     cuts += [TopPLogitsWarper(sampling.top_p)] if sampling.top_p < 1 else []
     return LogitsProcessorList([*cuts, DrawTokens(torch.stack(numbers), width)])
-
-
-def _answer(tokenizer: PreTrainedTokenizerBase, index: int, row: list[int], settings: GenerationConfig) -> Generation:
-    """The row up to and with its first end marker; what follows is padding."""
-    ends = set(settings.eos_token_id)
-    end = next((place for place, token in enumerate(row) if token in ends), None)
-    token_ids = row if end is None else row[: end + 1]
-    text = tokenizer.decode(row[:end], skip_special_tokens=True, clean_up_tokenization_spaces=False)
-    return Generation(prompt_index=index, text=str(text), token_ids=token_ids, finished=end is not None)

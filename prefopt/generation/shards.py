@@ -23,6 +23,7 @@ from prefopt.drift import differences, refuse_drift
 from prefopt.errors import UserError
 from prefopt.generation.prompts import Prompt, encode_prompts, messages_or_text
 from prefopt.generation.sampling import Draw, Generation, Sampling, check_room, plan_draws, sample
+from prefopt.generation.vllm_engine import VLLM
 from prefopt.ranks import on_main
 from prefopt.reference.hashing import hash_json
 from prefopt.reference.identity import identify
@@ -41,19 +42,21 @@ def generate_to_disk(
     batch_size: int = 64,
     shard_size: int = 1024,
     chat_template_kwargs: Mapping[str, Any] | None = None,
+    vllm: VLLM | None = None,
 ) -> dict[str, Any]:
     """Sample answers to `prompts` into `folder`, and return its finished manifest; what is there already is kept.
 
     Under `accelerate launch` every process calls this, with the same arguments, a whole model and a folder that all
     see; process r of n samples shards r, r + n, ... `shard_size` and `batch_size` count answers. A record holds
     `prompt_index`, `prompt`, `text`, `finished`, `tokens` (the end marker included), and `model`, the SHA-256 of the
-    weights that made it.
+    weights that made it. `vllm` samples in the model's place, and takes a whole shard at once.
 
     Raises `UserError` for a folder with answers of another model, other prompts or other settings, and what `generate`
     raises.
     """
     folder, sampling, state = Path(folder), sampling or Sampling(), PartialState()
-    model.to(state.device)
+    if vllm is None:
+        model.to(state.device)
     encoded = encode_prompts(tokenizer, prompts, chat_template_kwargs)
     draws = plan_draws(encoded, sampling)
     check_room(model, draws, sampling)  # of the last shard as well, before the first
@@ -61,6 +64,7 @@ def generate_to_disk(
     identity = identify(model)
     facts = {
         **asdict(sampling),
+        "sampled_by": "transformers" if vllm is None else "vllm",
         "batch_size": batch_size,
         "shard_size": shard_size,
         "prompts": hash_json(encoded),
@@ -76,7 +80,10 @@ def generate_to_disk(
         disable=None if state.is_main_process else True,
     ) as bar:
         for number in own:
-            answers = sample(model, tokenizer, parts[number], sampling, batch_size=batch_size, sampled=bar.update)
+            if vllm is None:
+                answers = sample(model, tokenizer, parts[number], sampling, batch_size=batch_size, sampled=bar.update)
+            else:
+                answers = vllm.sample(parts[number], sampling, sampled=bar.update)
             _write_shard(folder, number, prompts, parts[number], answers, identity.weights)
     state.wait_for_everyone()
     return on_main(lambda: _finish(folder, facts, len(parts)))

@@ -32,6 +32,7 @@ from prefopt.procedures.pairing import (
     write_rows,
 )
 from prefopt.procedures.rounds import HELD_OUT, LENGTHS, OWN, RoundSettings, model_folder, round_folder
+from prefopt.procedures.sampler import opened_vllm
 from prefopt.procedures.train import BAD_ROWS, open_tokenizer
 from prefopt.ranks import on_main
 from prefopt.recipe import Recipe
@@ -140,19 +141,21 @@ def sample_answers(
     tokenizer, model = open_tokenizer(recipe), _open_model(recipe)
     files = {HELD_OUT: data / TEST, **({OWN: data / TRAIN} if train else {})}
     examples = {name: read_data(file) for name, file in files.items() if file.is_file()}
-    manifests = {
-        name: generate_to_disk(
-            model,
-            tokenizer,
-            prompts,
-            folder / name,
-            sampling,
-            batch_size=settings.generation_batch_size,
-            shard_size=settings.shard_size,
-            chat_template_kwargs=recipe.training.get("chat_template_kwargs"),
-        )
-        for name, prompts in examples.items()
-    }
+    with opened_vllm(recipe, settings, model, tokenizer, folder) as vllm:
+        manifests = {
+            name: generate_to_disk(
+                model,
+                tokenizer,
+                prompts,
+                folder / name,
+                sampling,
+                batch_size=settings.generation_batch_size,
+                shard_size=settings.shard_size,
+                chat_template_kwargs=recipe.training.get("chat_template_kwargs"),
+                vllm=vllm,
+            )
+            for name, prompts in examples.items()
+        }
     figures: dict[str, Any] = {name: _counts(manifest) for name, manifest in manifests.items()}
     for name, prompts in examples.items():
         if prompts[0].completion is not None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from accelerate.utils import release_memory
 
 from prefopt.console import say
+from prefopt.generation.vllm_engine import interpreter
 from prefopt.procedures.inputs import sampled, sha256_of
 from prefopt.procedures.pairing import SUPERVISED, TEST
 from prefopt.procedures.rounds import (
@@ -33,6 +34,8 @@ def data_stage(recipe: Recipe, data: Path, settings: RoundSettings, *, answers: 
     def make() -> Any:
         from prefopt.procedures.answers import write_data
 
+        if settings.use_vllm:
+            interpreter()  # where there is none, that is to be known before hours of work
         counts = write_data(recipe, data, settings, answers=answers)
         say("data: " + ", ".join(f"{count:,} rows in {data / name}" for name, count in counts.items()))
         return counts
@@ -73,7 +76,12 @@ def answers_stage(recipe: Recipe, data: Path, settings: RoundSettings, number: i
             "data": {file.name: sha256_of(file) for file in sorted(data.glob("*.jsonl"))},
         }
 
-    facts = {**_read_by_answers(own), **asdict(settings.sampling(number, 0)), "seed": recipe.training.get("seed")}
+    facts = {
+        **_read_by_answers(own),
+        **asdict(settings.sampling(number, 0)),
+        "use_vllm": settings.use_vllm,
+        "seed": recipe.training.get("seed"),
+    }
     return MakeStage(f"answers-{number}", folder, make, facts, on_every_rank=True, inputs=inputs)
 
 

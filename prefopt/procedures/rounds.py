@@ -22,6 +22,8 @@ OWN, HELD_OUT = "own", "held_out"
 ROUND_SETTINGS = ("learning_rate", "num_train_epochs")
 BETA = "beta"
 LENGTHS = ("max_length", "truncation_mode", "cut_answers", "min_prompt_tokens", "prompt_boundary", "max_dropped")
+_OPTIONAL = ("prompts", "vllm_max_model_length")
+_COUNTS = ("rounds", "eval_prompts", "max_new_tokens", "generation_batch_size", "shard_size", *_OPTIONAL)
 
 Settings = TypeVar("Settings", bound="RoundSettings")
 
@@ -31,8 +33,9 @@ class RoundSettings:
     """The settings of a procedure with rounds, by their names in its block; `RecipeError` for one out of range.
 
     `prompts`: how many of the data are used, all when None; `eval_prompts`: how many of the held-out ones answers are
-    measured on. The next five say how answers are drawn. `beta`, `learning_rate` and `num_train_epochs` hold a value
-    for each round; the last one goes on.
+    measured on. The next five say how answers are drawn; `use_vllm`: by vLLM, with the next two for its memory
+    (`vllm_max_model_length`: of prompt and answer, the model's own limit when None). `beta`, `learning_rate` and
+    `num_train_epochs` hold a value for each round; the last one goes on.
     """
 
     rounds: int = 3
@@ -43,21 +46,27 @@ class RoundSettings:
     top_p: float = 1.0
     generation_batch_size: int = 64
     shard_size: int = 1024
+    use_vllm: bool = False
+    vllm_gpu_memory_utilization: float = 0.9
+    vllm_max_model_length: int | None = None
     beta: tuple[float, ...] = ()
     learning_rate: tuple[float, ...] = ()
     num_train_epochs: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
-        for name in ("rounds", "prompts", "eval_prompts", "max_new_tokens", "generation_batch_size", "shard_size"):
-            if name != "prompts" or self.prompts is not None:
+        for name in _COUNTS:
+            if name not in _OPTIONAL or getattr(self, name) is not None:
                 check_count(name, getattr(self, name))
-        for name in ("temperature", "top_p"):
+        if not isinstance(self.use_vllm, bool):
+            raise RecipeError("procedure.use_vllm: must be true or false.")
+        for name in ("temperature", "top_p", "vllm_gpu_memory_utilization"):
             if not _is_number(getattr(self, name)):
                 raise RecipeError(f"procedure.{name}: must be a number, not {getattr(self, name)!r}.")
         if not self.temperature > 0:
             raise RecipeError("procedure.temperature: must be above 0, or the rounds would sample nothing.")
-        if not 0 < self.top_p <= 1:
-            raise RecipeError("procedure.top_p: must be above 0 and at most 1.")
+        for name in ("top_p", "vllm_gpu_memory_utilization"):
+            if not 0 < getattr(self, name) <= 1:
+                raise RecipeError(f"procedure.{name}: must be above 0 and at most 1.")
 
     @property
     def samples(self) -> int:
@@ -88,7 +97,10 @@ def read_settings(
             if isinstance(rounds, int) and len(given[name]) > rounds:
                 raise RecipeError(f"procedure.{name}: has more values than there are rounds ({rounds}).")
     kept = {name: value for name, value in (defaults or {}).items() if name not in own}
-    return kind(**{**kept, **given})
+    settings = kind(**{**kept, **given})
+    if settings.use_vllm and (recipe.model.load_in_4bit or recipe.model.load_in_8bit):
+        raise RecipeError("procedure.use_vllm: vLLM would sample from the whole weights, not from the quantised ones.")
+    return settings
 
 
 def at_round(values: Sequence[float], round: int) -> float:
