@@ -10,6 +10,7 @@ import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from prefopt.errors import Stopped, UserError
 from prefopt.exit_status import leave_status
@@ -67,7 +68,17 @@ def _message(error: UserError) -> str:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="prefopt", description="Preference optimisation of language models.")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    _add_recipe_commands(commands)
+    _add_listings(commands)
+    _add_evaluate(commands.add_parser("evaluate", help="score a checkpoint on a preference file"))
+    add_cache(commands.add_parser("cache", help="list, check or clear the stored reference scores"))
+    add_commands(commands)
+    _add_push(commands.add_parser("push", help="send a run folder, an adapter or a checkpoint to the Hub"))
+    return parser
 
+
+def _add_recipe_commands(commands: Any) -> None:
+    """What runs a recipe, or says what it would do."""
     train = commands.add_parser("train", help="train as a recipe says", description=_OVERRIDES, allow_abbrev=False)
     train.add_argument("recipe", help="a YAML file, or the name of a recipe that comes with the package")
     train.add_argument("--stage", metavar="K", help="run this stage of the plan alone, by its number or its name")
@@ -90,7 +101,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     explain.add_argument("recipe")
     explain.set_defaults(run=_explain, takes_overrides=True)
+    for command in (train, run, explain):
+        _add_plugin(command)
 
+
+def _add_listings(commands: Any) -> None:
     recipe = commands.add_parser("recipe", help="print a recipe that comes with the package, or list them")
     recipe.add_argument("name", nargs="?")
     recipe.set_defaults(run=_recipe)
@@ -98,34 +113,33 @@ def _parser() -> argparse.ArgumentParser:
     losses = commands.add_parser("losses", help="list the losses, or print the page of one")
     losses.add_argument("name", nargs="?")
     losses.set_defaults(run=_losses)
+    _add_plugin(losses)
 
-    evaluate = commands.add_parser("evaluate", help="score a checkpoint on a preference file")
-    evaluate.add_argument("model", help="a local folder or a Hub name; an adapter folder too")
-    evaluate.add_argument("--data", required=True, nargs="+", help="preference files: pairs, or labelled answers")
-    evaluate.add_argument("--reference", help="the model that log-ratios are taken against")
-    evaluate.add_argument("--batch_size", type=_count, default=8)
-    evaluate.add_argument("--max_length", type=_count, default=1024, help="most tokens of a prompt and one answer")
-    evaluate.add_argument("--max_dropped", type=float, default=0.01, help="largest share of rows the limit may drop")
-    evaluate.add_argument("--json", metavar="FILE", help="write the figures there as well")
-    evaluate.set_defaults(run=_evaluate)
 
-    add_cache(commands.add_parser("cache", help="list, check or clear the stored reference scores"))
+def _add_plugin(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--plugin", action="append", default=[], metavar="FILE", help="a Python file with a loss of your own"
+    )
 
-    add_commands(commands)
 
-    push = commands.add_parser("push", help="send a run folder, an adapter or a checkpoint to the Hub")
-    push.add_argument("folder")
-    push.add_argument("--repo", metavar="NAME", help="NAME or USER/NAME; else where the run pushed to")
-    push.add_argument("--private", action="store_true", default=None, help="if the repository is made now")
-    push.add_argument("--revision", metavar="BRANCH", help="a branch other than main")
-    push.add_argument("--dry_run", action="store_true", help="list what would be sent, and send nothing")
-    push.set_defaults(run=_push)
+def _add_evaluate(command: argparse.ArgumentParser) -> None:
+    command.add_argument("model", help="a local folder or a Hub name; an adapter folder too")
+    command.add_argument("--data", required=True, nargs="+", help="preference files: pairs, or labelled answers")
+    command.add_argument("--reference", help="the model that log-ratios are taken against")
+    command.add_argument("--batch_size", type=_count, default=8)
+    command.add_argument("--max_length", type=_count, default=1024, help="most tokens of a prompt and one answer")
+    command.add_argument("--max_dropped", type=float, default=0.01, help="largest share of rows the limit may drop")
+    command.add_argument("--json", metavar="FILE", help="write the figures there as well")
+    command.set_defaults(run=_evaluate)
 
-    for command in (train, run, explain, losses):
-        command.add_argument(
-            "--plugin", action="append", default=[], metavar="FILE", help="a Python file with a loss of your own"
-        )
-    return parser
+
+def _add_push(command: argparse.ArgumentParser) -> None:
+    command.add_argument("folder")
+    command.add_argument("--repo", metavar="NAME", help="NAME or USER/NAME; else where the run pushed to")
+    command.add_argument("--private", action="store_true", default=None, help="if the repository is made now")
+    command.add_argument("--revision", metavar="BRANCH", help="a branch other than main")
+    command.add_argument("--dry_run", action="store_true", help="list what would be sent, and send nothing")
+    command.set_defaults(run=_push)
 
 
 def _train(options: argparse.Namespace, overrides: list[str]) -> None:
