@@ -113,6 +113,16 @@ def test_a_reference_of_its_own_shows_where_training_began(models, tmp_path):
     assert abs(turn.total("before")) > 1e-3
 
 
+def test_the_margin_is_that_of_the_turns_that_count(models, tmp_path):
+    view = inspect_row(recipe(models, tmp_path, ROW), 0, model=str(models / "trained"))
+    sums = {
+        side: sum(stretch.total("after") for stretch in stretches if stretch.counts)
+        for side, stretches in view.answers.items()
+    }
+    assert any(stretch.weight == 0 for stretches in view.answers.values() for stretch in stretches)
+    assert f"margin {sums['chosen'] - sums['rejected']:+.3f} nats" in (view.margin or "")
+
+
 class Page(HTMLParser):
     """The visible text of a page, and what it would fetch."""
 

@@ -68,6 +68,30 @@ class RowView:
     notes: tuple[str, ...] = ()
     numbers: tuple[str, ...] = ()
 
+    def counted(self, side: str, name: str) -> float:
+        """Sum of a number over the tokens of an answer, each turn times its weight: what a loss over turns reads."""
+        turns = (stretch for stretch in self.answers[side] if stretch.turn is not None)
+        return sum(turn.weight * turn.total(name) for turn in turns)
+
+    @property
+    def tokens(self) -> dict[str, int]:
+        """How many tokens of each answer count."""
+        return {
+            side: sum(len(stretch.tokens) for stretch in stretches if stretch.counts)
+            for side, stretches in self.answers.items()
+        }
+
+    @property
+    def margin(self) -> str | None:
+        """What a loss over pairs multiplies by its beta, in words; None without models or without a pair."""
+        if "after" not in self.numbers or not {"chosen", "rejected"} <= self.answers.keys():
+            return None
+        chosen, rejected = (self.counted(side, "after") for side in ("chosen", "rejected"))
+        return (
+            f"log-ratio to the reference after training, of what counts: chosen {chosen:+.3f}, "
+            f"rejected {rejected:+.3f}, margin {chosen - rejected:+.3f} nats"
+        )
+
 
 def raw_row(spec: DataSpec, number: int) -> RawRow:
     """A row as its source holds it, counted from 0. Raises `DataError` where there is none that can be read."""

@@ -10,8 +10,8 @@ from rich.text import Text
 
 from prefopt.inspect.rows import RowView, Stretch
 
-TITLES = {"before": "ratio before", "after": "ratio after", "kl": "KL", "logp": "log pi"}
-"""Log-ratios to the reference of the model training started from and of the trained one, and so on; all in nats."""
+TITLES = {"before": "ratio before", "after": "ratio after", "kl": "KL", "logp": "logp"}
+"""What the numbers of a token are, in nats; the log-ratios are to the reference, before training and after it."""
 STRONG = 2.0
 """A log-ratio, in nats, that has the full colour."""
 
@@ -26,7 +26,8 @@ def _parts(view: RowView) -> list[RenderableType]:
     parts += [Text(f"noted: {note}", style="yellow") for note in view.notes]
     parts += [Text("\nprompt", style="bold"), _text(view.prompt)]
     for side, stretches in view.answers.items():
-        parts += [Text(f"\n{side}", style="bold"), _text(stretches), _table(stretches, view.numbers)]
+        parts += [Text(f"\n{side}", style="bold"), _text(stretches), _table(view, side)]
+    parts += [Text(f"\n{view.margin}", style="bold")] if view.margin else []
     legend = Text("\nbold: counts in the loss   ")
     legend.append("struck: scored, outside the segment", style="strike")
     legend.append("   dim: read, not scored", style="dim")
@@ -57,16 +58,15 @@ def _style(stretch: Stretch, ratio: float | None) -> str:
     return f"bold on rgb(0,{shade},0)" if ratio >= 0 else f"bold on rgb({shade},0,0)"
 
 
-def _table(stretches: Sequence[Stretch], numbers: Sequence[str]) -> Table:
-    shown = [name for name in TITLES if name in numbers]
+def _table(view: RowView, side: str) -> Table:
+    shown = [name for name in TITLES if name in view.numbers]
     heads = ("turn", "tokens", "weight", *(TITLES[name] for name in shown))
     table = Table(*(Column(head, no_wrap=True) for head in heads), box=None, padding=(0, 2, 0, 0))
-    turns = [stretch for stretch in stretches if stretch.turn is not None]
+    turns = [stretch for stretch in view.answers[side] if stretch.turn is not None]
     for turn in turns:
         sums = (f"{turn.total(name):+.3f}" for name in shown)
         table.add_row(str(turn.turn), str(len(turn.tokens)), f"{turn.weight:g}", *sums)
     if len(turns) > 1:
-        sums = (f"{sum(turn.weight * turn.total(name) for turn in turns):+.3f}" for name in shown)
-        count = sum(len(turn.tokens) for turn in turns if turn.counts)
-        table.add_row("weighted sum", str(count), "", *sums, style="bold")
+        sums = (f"{view.counted(side, name):+.3f}" for name in shown)
+        table.add_row("weighted sum", str(view.tokens[side]), "", *sums, style="bold")
     return table
