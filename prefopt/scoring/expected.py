@@ -65,7 +65,9 @@ def expected_forward_kl(policy: Distribution, lse: Tensor, reference: ExpectedRo
             "(LoRA on other layers), or write reference: {source: live}"
         )
     with full_precision(policy.hidden):
-        mean_logit = policy.scale * torch.linalg.vecdot(policy.hidden.to(lse.dtype), reference.rows.to(lse.dtype))
+        # As the logits saw it, or the two brackets would be of different functions.
+        hidden = policy.hidden.to(torch.bfloat16) if policy.narrow else policy.hidden
+        mean_logit = policy.scale * torch.linalg.vecdot(hidden.to(lse.dtype), reference.rows.to(lse.dtype))
     return (lse - reference.log_normalizer) - (mean_logit - reference.mean_logit)
 
 

@@ -54,7 +54,8 @@ def score_tokens(
     - `ref_logp`: `logp` under the reference.
 
     All but `ref_logp` are differentiable in `hidden`, `head` and `bias`; no gradient reaches the reference. Numbers are
-    float64 if hidden states or a head are, float32 otherwise, whatever autocast says. Memory does not grow with `V`.
+    float64 if hidden states or a head are, float32 otherwise, whatever autocast says; on CUDA autocast to bf16 rounds
+    what enters the matrix products, as in any other layer, and not the logits. Memory does not grow with `V`.
     Without any token the gradients are zeros, not absent, so every rank of a distributed run has them. A target outside
     the vocabulary gives NaN (a check would stall a GPU). Raises `ValueError` for an unknown name or a missing
     reference, `UserError` for two vocabularies of different size.
@@ -79,7 +80,7 @@ def statistics_of(
         return _beside_rows(policy, targets, statistics, reference)
     scores: dict[str, Tensor] = {}
     if reference is not None:
-        reference = _whole_distribution(reference)
+        reference = _whole_distribution(reference, policy.narrow)
         _check_vocabularies(policy, reference)
         if not set(statistics) & set(_DIVERGENCES):  # two passes apart, so that only the policy's is kept for later
             with torch.no_grad(), full_precision(reference.hidden):
@@ -94,8 +95,9 @@ def _score(
     policy: Distribution, targets: Tensor, statistics: tuple[str, ...], reference: Distribution | None
 ) -> dict[str, Tensor]:
     """The statistics that one differentiable pass gives, and the policy's log-sum-exp as `lse`."""
-    arguments = (policy.hidden, _whole(policy.head), _whole(policy.bias), targets, policy.scale, policy.softcap)
-    results = _HeadScores.apply(*arguments, reference, statistics)
+    tensors = policy.hidden, _whole(policy.head), _whole(policy.bias)
+    about = policy.scale, policy.softcap, policy.narrow
+    results = _HeadScores.apply(*tensors, targets, about, reference, statistics)
     return {name: value for name, value in zip(_RESULTS, results, strict=True) if value is not None}
 
 
@@ -146,8 +148,10 @@ def _whole(parameter: Tensor | None) -> Any:
 
 
 @torch.no_grad()
-def _whole_distribution(model: Distribution) -> Distribution:
-    return Distribution(model.hidden.detach(), _whole(model.head), _whole(model.bias), model.scale, model.softcap)
+def _whole_distribution(model: Distribution, narrow: bool) -> Distribution:
+    """A reference without gradient, its products made as the policy's are: they cancel where the two are equal."""
+    about = model.scale, model.softcap, narrow
+    return Distribution(model.hidden.detach(), _whole(model.head), _whole(model.bias), *about)
 
 
 _RESULTS = ("logp", "lse", "entropy", "forward_kl", "reverse_kl", "ref_logp")
@@ -163,18 +167,16 @@ class _HeadScores(torch.autograd.Function):
         weight: Tensor,
         bias: Tensor | None,
         targets: Tensor,
-        scale: float,
-        softcap: float | None,
+        about: tuple[float, float | None, bool],
         reference: Distribution | None,
         statistics: tuple[str, ...],
     ) -> tuple[Tensor | None, ...]:
         ctx.set_materialize_grads(False)  # an entropy that is only logged must not cost a backward pass
-        policy = Distribution(hidden, weight, bias, scale, softcap)
-        found = _totals(policy, targets, reference, statistics)
-        ctx.scale, ctx.softcap, ctx.reference = scale, softcap, None
+        found = _totals(Distribution(hidden, weight, bias, *about), targets, reference, statistics)
+        ctx.about, ctx.reference = about, None
         kept: tuple[Tensor | None, ...] = ()
         if reference is not None:
-            ctx.reference = reference.scale, reference.softcap
+            ctx.reference = reference.scale, reference.softcap, reference.narrow
             ctx.mark_non_differentiable(found.ref_logp)
             kept = (found.ref_lse, found.reverse_kl, reference.hidden, reference.head, reference.bias)
         ctx.save_for_backward(hidden, weight, bias, targets, found.lse, found.entropy, *kept)
@@ -198,7 +200,7 @@ class _HeadScores(torch.autograd.Function):
             grad_forward,
             grad_reverse,
         )
-        policy, reference = Distribution(hidden, weight, bias, ctx.scale, ctx.softcap), None
+        policy, reference = Distribution(hidden, weight, bias, *ctx.about), None
         if grad_forward is not None or grad_reverse is not None:
             reference = Distribution(*reference_tensors, *ctx.reference)
         with full_precision(hidden), gathered(weight, bias):
@@ -207,7 +209,7 @@ class _HeadScores(torch.autograd.Function):
         cast = [
             None if new is None else new.to(old.dtype) for new, old in zip(made, (hidden, weight, bias), strict=True)
         ]
-        return (*cast, None, None, None, None, None)
+        return (*cast, None, None, None, None)
 
 
 def _totals(

@@ -19,8 +19,6 @@ CPU_TILE_TOKENS = 1024
 DEVICE_TILE_TOKENS = 4096
 TILE_ALIGNMENT = 256
 
-_MM_WIDENS = hasattr(torch.ops.aten.mm, "dtype")  # bf16 operands, float32 result: torch 2.8 and later, CUDA only
-
 Operands = tuple[Tensor, Tensor | None]
 
 
@@ -70,13 +68,13 @@ def in_tile(targets: Tensor, columns: slice) -> tuple[Tensor, Tensor]:
 class TiledLogits:
     """The logits of one model at `M` tokens, made tile by tile; a comparison of two models holds two of these.
 
-    `dtype` is that of sums and results. Operands of matrix products have it too, except bf16 on CUDA: there a product
-    of bf16 operands can have a float32 result, and only the logits' gradient is rounded to bf16, as in any bf16 head.
+    `dtype` is that of sums and results, and of the operands of matrix products unless the model is `narrow`: then those
+    are rounded to bf16, the logits' gradient as well, as in any bf16 head, and the products are not.
     """
 
     def __init__(self, model: Distribution, dtype: torch.dtype) -> None:
         self.dtype = dtype
-        self.narrow = {model.hidden.dtype, model.head.dtype} == {torch.bfloat16} and model.hidden.is_cuda and _MM_WIDENS
+        self.narrow = model.narrow
         self.operand_dtype = torch.bfloat16 if self.narrow else dtype
         self.hidden = model.hidden.to(self.operand_dtype)
         self.weight, self.bias = model.head, model.bias
@@ -85,7 +83,7 @@ class TiledLogits:
     def at(self, tokens: Tensor | slice) -> TiledLogits:
         """The logits of some of the tokens."""
         return TiledLogits(
-            Distribution(self.hidden[tokens], self.weight, self.bias, self.scale, self.softcap), self.dtype
+            Distribution(self.hidden[tokens], self.weight, self.bias, self.scale, self.softcap, self.narrow), self.dtype
         )
 
     def operands(self, columns: slice) -> Operands:
@@ -117,4 +115,9 @@ class TiledLogits:
     def product(self, left: Tensor, right: Tensor) -> Tensor:
         """Matrix product in `dtype`; operands are narrowed first where the device prefers that."""
         left, right = left.to(self.operand_dtype), right.to(self.operand_dtype)
-        return torch.mm(left, right, out_dtype=torch.float32) if self.narrow else torch.mm(left, right)
+        return widened_product(left, right) if self.narrow else torch.mm(left, right)
+
+
+def widened_product(left: Tensor, right: Tensor) -> Tensor:
+    """The float32 product of two bf16 matrices, which is nowhere rounded to bf16."""
+    return torch.mm(left, right, out_dtype=torch.float32)
