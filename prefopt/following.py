@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 from prefopt.console import say
 from prefopt.errors import UserError
 from prefopt.reference.live import AdapterOff, FrozenModel, Reference
-from prefopt.reference.moving import MovingReference, SyncRule, sync_rule
+from prefopt.reference.moving import MovingReference
+from prefopt.reference.rule import SyncRule, sync_rule
 
 if TYPE_CHECKING:
     from prefopt.trainer import PreferenceTrainer

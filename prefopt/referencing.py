@@ -31,8 +31,8 @@ from prefopt.reference.live import (
     plan_of,
     plan_reference,
 )
-from prefopt.reference.moving import sync_rule
 from prefopt.reference.record import check_reference, record_reference
+from prefopt.reference.rule import sync_rule
 from prefopt.reference.store import Entry, Store, entry_path
 from prefopt.reference.upkeep import size
 
@@ -142,7 +142,7 @@ def begin_training(trainer: PreferenceTrainer, *, resumed: bool) -> None:
             if resumed and "reference" not in (trainer.args.allow_change or []):
                 check_reference(folder, identity)
             rule = sync_rule(trainer.args.reference)
-            record_reference(folder, identity, trainer.reference.summary, rule and asdict(rule))
+            record_reference(folder, identity, trainer.reference.summary, asdict(rule) if rule else None)
         except (UserError, OSError) as error:
             problem = str(error)
     if problem := broadcast_object_list([problem])[0]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,44 +13,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
-from prefopt.config import MIXUP_ALPHA
 from prefopt.errors import UserError
 from prefopt.reference.identity import configuration_of
 from prefopt.reference.live import AdapterOff, FrozenModel, adapter_twins
+from prefopt.reference.rule import AVERAGE_WIDTH, SyncRule
 from prefopt.scoring.model import causal_lm
 
 FILE = "_reference/moving.safetensors"
 """Where a checkpoint keeps the reference; a name that starts with `_` is not sent with the model."""
-
-
-@dataclass(frozen=True)
-class SyncRule:
-    """After each step whose number `sync_steps` divides: reference <- a policy + (1 - a) reference, a = `mixup_alpha`.
-
-    arXiv 2404.09656: its soft update, and for a = 1 its hard one.
-    """
-
-    sync_steps: int
-    mixup_alpha: float = MIXUP_ALPHA
-
-    def __str__(self) -> str:
-        when = "step" if self.sync_steps == 1 else f"{self.sync_steps} steps"
-        return f"moving: every {when}, alpha {self.mixup_alpha:g}"
-
-    def syncs(self, step: int) -> int:
-        """How often the reference has followed once a step is done."""
-        return step // self.sync_steps
-
-    def holds_average(self, width: float) -> bool:
-        """Whether an average is kept in float32 beside weights of `width` bytes: a copy is exact without."""
-        return self.mixup_alpha < 1 and width < torch.float32.itemsize
-
-
-def sync_rule(reference: Mapping[str, Any] | None) -> SyncRule | None:
-    """The rule in a `reference` block; None for a reference that never moves."""
-    block = reference or {}
-    steps, alpha = block.get("sync_steps"), block.get("mixup_alpha")
-    return None if steps is None else SyncRule(int(steps), MIXUP_ALPHA if alpha is None else float(alpha))
 
 
 class MovingReference(TrainerCallback):
@@ -75,7 +44,7 @@ class MovingReference(TrainerCallback):
     def bytes(self) -> int:
         """What a checkpoint holds of it."""
         return sum(
-            theirs.numel() * (torch.float32.itemsize if self._is_averaged(theirs) else theirs.itemsize)
+            theirs.numel() * (AVERAGE_WIDTH if self._is_averaged(theirs) else theirs.itemsize)
             for theirs, _ in self._twins().values()
         )
 
@@ -125,7 +94,7 @@ class MovingReference(TrainerCallback):
     def _is_averaged(self, theirs: Tensor) -> bool:
         return theirs.is_floating_point() and self.rule.holds_average(theirs.itemsize)
 
-    def _twins(self) -> dict[str, tuple[Tensor, Tensor]]:
+    def _twins(self) -> Mapping[str, tuple[Tensor, Tensor]]:
         """What moves, by name: of the reference, and of the policy. Tied weights have one name."""
         if isinstance(self.reference, AdapterOff):
             assert isinstance(self.policy, PeftModel) and self.reference.adapter is not None

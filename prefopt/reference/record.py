@@ -20,7 +20,7 @@ _shown = reprlib.Repr()
 _shown.maxstring = 120
 
 
-def record_reference(folder: Path, identity: Identity, source: str, moves: Mapping[str, float] | None = None) -> None:
+def record_reference(folder: Path, identity: Identity, source: str, moves: Mapping[str, Any] | None = None) -> None:
     """Write the reference that a run begins with into its folder. Call it from one process.
 
     `source` is a line for people; `moves` are `sync_steps` and `mixup_alpha` of a reference that follows the policy.
@@ -31,7 +31,7 @@ def record_reference(folder: Path, identity: Identity, source: str, moves: Mappi
             "key": identity.key,
             "weights": identity.weights,
             "source": source,
-            "moves": moves,
+            **({"moves": moves} if moves else {}),
             "about": identity.about,
         }
     )
