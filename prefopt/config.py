@@ -415,13 +415,13 @@ class PreferenceConfig(TrainingArguments):
 
         if self.max_tokens_per_device is not None and self.auto_find_batch_size:
             raise UserError("auto_find_batch_size: max_tokens_per_device settles the batch size. Remove one of them.")
-
-    def _check_devices(self) -> None:
         if (self.reference or {}).get("sync_steps") and self._is_sharded():
             raise UserError(
                 "reference: sync_steps moves whole weights, and FSDP and DeepSpeed hold them in pieces. Launch it with "
                 "DDP (an adapter spares memory), or remove sync_steps"
             )
+
+    def _check_devices(self) -> None:
         if self.activation_offloading and self.use_cpu:
             raise UserError("activation_offloading: there is no device here whose memory it would spare. Remove it.")
         # Read only now: before, the field may still be a path to a JSON file.

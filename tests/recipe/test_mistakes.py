@@ -186,7 +186,7 @@ def test_model(refused, lines, part):
         ("reference: {sync_steps: 8, mixup_alpha: 0}", "reference.mixup_alpha: must be above 0 and at most 1, not 0"),
         ("reference: {sync_steps: 8, mixup_alpha: 1.1}", "must be above 0 and at most 1, not 1.1"),
         ("reference: {mixup_alpha: 0.5}", "reference.mixup_alpha: has no effect without sync_steps. Write"),
-        ("reference: {sync_steps: 8, source: cached}", "reference.source: cached keeps the scores of one reference, and"),
+        ("reference: {sync_steps: 8, source: cached}", "reference.source: cached keeps the scores of one reference"),
         ("reference: {sync_steps: 8, source: none}", "reference.source: none and sync_steps contradict each other"),
         ("sync_ref_model: true", "sync_ref_model: write reference: {sync_steps: 512, mixup_alpha: 0.6}"),
         ("ref_model_sync_steps: 64", "write reference.sync_steps: 64. It stands for sync_ref_model: true as well."),
