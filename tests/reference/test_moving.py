@@ -320,6 +320,16 @@ def test_the_reference_is_sealed_and_its_bytes_are_forecast(tmp_path):
     assert trainer._size - stayed._size == trainer.kept[0].bytes
 
 
+@pytest.mark.parametrize("reference", [False, policy(seed=3)], ids=["a copy", "named"])
+def test_what_is_frozen_in_a_copy_need_not_be_kept(reference, tmp_path):
+    """A copy has it from the policy for good; a model that is named has its own."""
+    model = policy()
+    model.model.requires_grad_(False)
+    trainer = build(tmp_path, 1, 0.5, model=model, reference=reference)
+    frozen, head = (sum(part.numel() for part in each.parameters()) for each in (model.model, model.lm_head))
+    assert trainer.kept[0].bytes == 4 * (head + (frozen if reference else 0))
+
+
 def test_a_model_alone_is_saved_alone(tmp_path):
     trainer = cut(tmp_path, num_train_epochs=1, save_only_model=True)
     trainer.train()
