@@ -296,6 +296,7 @@ def test_a_resumed_run_ends_with_the_same_bits(kind, tmp_path):
     """From before the first sync, from the step of one, and from between two."""
     whole = cut(tmp_path / "whole", **KINDS[kind])
     whole.train()
+    assert [line["reference/syncs"] for line in lines(whole)] == [0, 0, 1, 1, 1, 2, 2, 2]
     last = load_file(tmp_path / "whole" / "checkpoint-8" / FILE)
     for step in (1, 3, 5):
         again = cut(tmp_path / f"from-{step}", **KINDS[kind], save_steps=8)
