@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
+from prefopt.console import say
 from prefopt.errors import UserError
 from prefopt.reference.identity import configuration_of
 from prefopt.reference.live import AdapterOff, FrozenModel, adapter_twins
@@ -47,6 +48,14 @@ class MovingReference(TrainerCallback):
             theirs.numel() * (AVERAGE_WIDTH if self._is_averaged(theirs) else theirs.itemsize)
             for theirs, _ in self._twins().values()
         )
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Tell a run that is too short for it."""
+        if state.max_steps < self.rule.sync_steps:
+            say(
+                f"warning: the run has {state.max_steps} steps, and the reference would first move after "
+                f"{self.rule.sync_steps}, so it stays. Write a smaller reference.sync_steps"
+            )
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Follow the policy after the optimizer step, before whatever is evaluated or saved at that step."""

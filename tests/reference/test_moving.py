@@ -233,10 +233,14 @@ def divergence(ours: nn.Module, theirs: nn.Module, rows: Any) -> float:
 # ---- adapters -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["fresh", "trained", "dora", "beside the biases of the base"])
+@pytest.mark.parametrize("kind", ["fresh", "trained", "dora", "whole modules", "beside the biases of the base"])
 def test_the_reference_of_an_adapter_becomes_its_copy(kind, tmp_path):
     """It begins where the adapter begins, whose base nothing touches."""
-    settings = {"dora": {"use_dora": True}, "beside the biases of the base": {"bias": "all"}}.get(kind, {})
+    settings = {
+        "dora": {"use_dora": True},
+        "whole modules": {"modules_to_save": ["lm_head"]},
+        "beside the biases of the base": {"bias": "all"},
+    }.get(kind, {})
     model = trained_adapter() if kind == "trained" else policy(attention_bias=kind.startswith("beside"))
     adapter = None if kind == "trained" else dataclasses.replace(LORA, **settings)
     trainer = build(tmp_path, 7, 1.0, model=model, peft_config=adapter, learning_rate=0.1)
@@ -381,6 +385,13 @@ def test_auto_means_live_and_says_why(tmp_path, capsys):
     assert "reference: it moves, and scores of the start would not stay true. It is scored beside the policy" in said
     assert "reference: live: a copy of the starting policy, moving: every 2 steps, alpha 0.6" in said
     assert "start-up margins: largest |log-ratio| 0.0e+00 nats" in said
+
+
+def test_a_run_too_short_for_a_sync_is_told(tmp_path, capsys):
+    build(tmp_path / "long", 7).train()
+    assert "so it stays" not in capsys.readouterr().out
+    build(tmp_path / "short", 8).train()
+    assert "the run has 7 steps, and the reference would first move after 8, so it stays" in capsys.readouterr().out
 
 
 def test_a_named_reference_of_the_same_architecture_moves_as_well(tmp_path):
