@@ -19,6 +19,7 @@ from torch.nn.functional import log_softmax, logsigmoid
 from prefopt.checkpoints import facts_of
 from prefopt.config import PreferenceConfig
 from prefopt.errors import UserError
+from prefopt.hub.files import run_files
 from prefopt.reference.live import FrozenModel
 from prefopt.reference.moving import FILE, MovingReference
 from prefopt.reference.rule import SyncRule, sync_rule
@@ -319,6 +320,7 @@ def test_the_reference_is_sealed_and_its_bytes_are_forecast(tmp_path):
     file = tmp_path / "checkpoint-4" / FILE
     manifest = json.loads((tmp_path / "checkpoint-4" / "manifest.json").read_text())
     assert FILE in manifest["files"]
+    assert FILE not in run_files(tmp_path / "checkpoint-4")  # what is sent as the model
     assert 0 <= file.stat().st_size - trainer.kept[0].bytes < 10_000  # its header
     stayed = build(tmp_path / "stayed", None, **CUT)
     stayed.train()
