@@ -9,6 +9,7 @@ from numbers import Integral, Real
 from typing import Any
 
 import torch
+from accelerate.utils import parse_flag_from_env
 from transformers import TrainingArguments
 from transformers.trainer_pt_utils import AcceleratorConfig
 from transformers.utils.import_utils import is_torch_bf16_gpu_available
@@ -60,6 +61,7 @@ def _is_finite(value: Real) -> bool:
 COUNT = Range(1, whole=True)
 AMOUNT = Range(0)
 POSITIVE = Range(0, above_low=True)
+SHARE = Range(0, 1, above_low=True)
 SEED = Range(0, 2**32 - 1, whole=True)
 DECAY = Range(0, 1, below_high=True)
 
@@ -116,6 +118,8 @@ ACTIVATION_CHECKPOINTING = True
 
 REFERENCE_SOURCES = ("auto", "cached", "live", "none")
 REFERENCE_FORMS = ("auto", "hidden", "expected")
+# TR-DPO's (arXiv 2404.09656) for a reference that moves; it holds where `sync_steps` is given.
+MIXUP_ALPHA = 0.6
 
 FIXED: dict[str, tuple[object, str]] = {
     "average_tokens_across_devices": (True, "every step is divided by the counts of all ranks. Remove this line"),
@@ -181,7 +185,7 @@ def _weights(value: Any) -> str | None:
 
 
 def _reference(value: Any) -> str | None:
-    known = ("source", "form", "model", "revision", "store", "max_gb", "batch_size")
+    known = ("source", "form", "model", "revision", "store", "max_gb", "batch_size", "sync_steps", "mixup_alpha")
     if not isinstance(value, Mapping):
         return f"must be a block with {', '.join(known)}, not {value!r}."
     for key in value:
@@ -194,10 +198,27 @@ def _reference(value: Any) -> str | None:
         return f"form `{form}` is not one of {', '.join(REFERENCE_FORMS)}."
     if source == "none" and value.get("model"):
         return "source none and a model contradict each other. Remove one of them."
-    for key, range in (("max_gb", POSITIVE), ("batch_size", COUNT)):
+    ranges = {"max_gb": POSITIVE, "batch_size": COUNT, "sync_steps": COUNT, "mixup_alpha": SHARE}
+    for key, range in ranges.items():
         problem = range.problem(value[key]) if value.get(key) is not None else None
         if problem:
             return f"{key} {problem}."
+    conflict = sync_conflict(value)
+    return " ".join(conflict) if conflict else None
+
+
+def sync_conflict(reference: Mapping[str, Any]) -> tuple[str, str] | None:
+    """The setting of a `reference` block that does not go with `sync_steps`, and the reason; None when all do."""
+    if reference.get("sync_steps") is None:
+        if reference.get("mixup_alpha") is not None:
+            return "mixup_alpha", "has no effect without sync_steps. Write sync_steps: 512, or remove it."
+        return None
+    if reference.get("source") == "cached":
+        return "source", "cached keeps the scores of one reference, and with sync_steps it moves. Write source: live."
+    if reference.get("source") == "none":
+        return "source", "none and sync_steps contradict each other. Remove one of them."
+    if reference.get("form"):
+        return "form", "has no effect with sync_steps: nothing is kept of a reference that moves. Remove it."
     return None
 
 
@@ -341,7 +362,8 @@ class PreferenceConfig(TrainingArguments):
         metadata={
             "help": "The reference model: source (auto; cached: scored once, before training; live: beside the "
             "policy; none), form (what is kept of whole distributions: auto, hidden, expected), model (the starting "
-            "model when not set), revision, store, max_gb, batch_size."
+            "model when not set), revision, store, max_gb, batch_size; sync_steps (the reference follows the policy "
+            "after every so many steps; never when not set) and mixup_alpha (how far, 0.6 when not set, 1 for a copy)."
         },
     )
     resume: str = field(
@@ -393,6 +415,11 @@ class PreferenceConfig(TrainingArguments):
 
         if self.max_tokens_per_device is not None and self.auto_find_batch_size:
             raise UserError("auto_find_batch_size: max_tokens_per_device settles the batch size. Remove one of them.")
+        if (self.reference or {}).get("sync_steps") and self._is_sharded():
+            raise UserError(
+                "reference: sync_steps moves whole weights, and FSDP and DeepSpeed hold them in pieces. Launch it with "
+                "DDP (an adapter spares memory), or remove sync_steps"
+            )
 
     def _check_devices(self) -> None:
         if self.activation_offloading and self.use_cpu:
@@ -406,6 +433,10 @@ class PreferenceConfig(TrainingArguments):
                 f"this process sees {self.n_gpu} GPUs, and DataParallel would cut the flat token lists of a batch. "
                 "Start it with `accelerate launch`, or show it one GPU with CUDA_VISIBLE_DEVICES=0."
             )
+
+    def _is_sharded(self) -> bool:
+        launched = any(map(parse_flag_from_env, ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED")))
+        return launched or bool(self.fsdp) or self.deepspeed is not None
 
     def __getstate__(self) -> dict[str, Any]:
         """What is pickled, into `training_args.bin` for one: everything but the Hub token."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from torch import nn
 from transformers import EarlyStoppingCallback, TrainerCallback, TrainerControl, TrainerState, set_seed
@@ -27,11 +27,25 @@ from prefopt.saving import checkpoint_bytes, forecast, rotate_again, sealed_save
 _WINDOW = "log_window_{}.json"
 
 
+class Kept(Protocol):
+    """What training changes beside the model, and a checkpoint has to hold; `bytes` is its size there."""
+
+    @property
+    def bytes(self) -> int: ...
+
+    def save(self, folder: Path) -> None:
+        """Write it into a checkpoint; one process calls it."""
+
+    def restore(self, folder: Path) -> None:
+        """Take it from a checkpoint, on every rank. Raises `UserError` when that does not hold it."""
+
+
 class DurableTrainer(HubTrainer):
     """The stock trainer with checkpoints that are whole or passed over, and resumes to the bit.
 
     It knows nothing of preferences: what a run is beside its settings and its model, a subclass says in
-    `_resume_facts`. `_train_sums` are the metrics since the last line of the log.
+    `_resume_facts`, and what else a checkpoint holds is listed in `kept`. `_train_sums` are the metrics since the last
+    line of the log.
     """
 
     # Narrower than in the base class.
@@ -39,6 +53,7 @@ class DurableTrainer(HubTrainer):
     model: nn.Module
 
     def __init__(self, *, args: PreferenceConfig, **kwargs: Any) -> None:
+        self.kept: list[Kept] = []
         self._train_sums = MetricSums()
         self._resumed: Path | None = None
         self._sealed_step: int | None = None
@@ -62,7 +77,7 @@ class DurableTrainer(HubTrainer):
         Raises `UserError` when nothing that is there verifies, when settings, data or model are not those of the
         checkpoint and `args.allow_change` does not name them, and when the disk has no room for what will be saved.
         """
-        self._facts, self._size = self.facts(), checkpoint_bytes(self)
+        self._facts, self._size = self.facts(), checkpoint_bytes(self, sum(each.bytes for each in self.kept))
         check_names(self.args.allow_change, self._facts)
         self._resumed = self._checkpoint(resume_from_checkpoint)
         self._sealed_step = None
@@ -173,8 +188,14 @@ class DurableTrainer(HubTrainer):
             super()._save_checkpoint(model, trial)
             window = folder / _WINDOW.format(self.args.process_index)
             window.write_text(json.dumps(plain(self._window_state()), allow_nan=False))
+            self._save_kept(folder)
         self._sealed_step = step
         self.push_checkpoint(step)
+
+    def _save_kept(self, folder: Path) -> None:
+        if self.is_world_process_zero() and not self.args.save_only_model:
+            for each in self.kept:
+                each.save(folder)
 
     def _window_state(self) -> dict[str, Any]:
         return {
@@ -185,7 +206,9 @@ class DurableTrainer(HubTrainer):
         }
 
     def _restore(self, folder: Path) -> None:
-        """Go on with the line of the log that the checkpoint was made in the middle of."""
+        """Go on with what the checkpoint keeps, and with the line of the log that it was made in the middle of."""
+        for each in self.kept:
+            each.restore(folder)
         count, ours = facts_of(folder)["run"]["world_size"], self.args.world_size
         states = [json.loads((folder / _WINDOW.format(rank)).read_text()) for rank in range(count)]
         self._total_loss_scalar = float(states[0]["loss_before"])

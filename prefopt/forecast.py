@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 from prefopt.recipe import Recipe
 from prefopt.reference.choosing import FROM_EXPECTED
 from prefopt.reference.forms import EXPECTED, HIDDEN, SMALL, expected_bytes
+from prefopt.reference.rule import AVERAGE_WIDTH, SyncRule, sync_rule
 from prefopt.reference.store import default_folder
 from prefopt.reference.upkeep import size
 
+ADAPTER_WIDTH = 4  # bytes of an adapter's weight, whatever the base is held in
 _LIVE = "It is scored beside the policy at every step."
 
 
@@ -37,26 +39,47 @@ def reference_plan(recipe: Recipe, tokens: float | None = None, sizes: Sizes | s
 
 
 def reference_bytes(recipe: Recipe, tokens: float | None, sizes: Sizes) -> float:
-    """Bytes that lie beside the policy for its reference: a second model, or the head that hidden states go with."""
+    """Bytes that lie beside the policy for its reference: a second model, or the head that hidden states go with.
+
+    A reference that moves has weights of its own, of an adapter too, and in half precision their average.
+    """
     if recipe.objective().reference == "none":
         return 0.0
     if _is_live(recipe, tokens, sizes):
-        return sizes.parameters * sizes.width if _is_second(recipe) else 0.0
+        held = sizes.parameters * sizes.width if _is_second(recipe) else 0.0
+        return held + _moving_bytes(recipe, sizes)
     copied = recipe.objective().reference == "distribution" and _form(recipe) == HIDDEN and _head_trains(recipe)
     return sizes.vocabulary * sizes.hidden * sizes.width if copied else 0.0
+
+
+def _moving_bytes(recipe: Recipe, sizes: Sizes) -> float:
+    rule = _rule(recipe)
+    if rule is None:
+        return 0.0
+    if not _is_second(recipe):
+        return sizes.trainable * ADAPTER_WIDTH
+    return sizes.parameters * AVERAGE_WIDTH if rule.holds_average(sizes.width) else 0.0
+
+
+def _rule(recipe: Recipe) -> SyncRule | None:
+    return sync_rule(asdict(recipe.reference))
 
 
 def _model(recipe: Recipe) -> str:
     if recipe.reference.model:
         return f"{recipe.reference.model}, as the recipe says."
     if recipe.model.use_peft:
-        return "the starting model: the policy with its adapter switched off."
+        how = "a copy of its adapter" if _rule(recipe) else "its adapter switched off"
+        return f"the starting model: the policy with {how}."
     return "the starting model."
 
 
 def _source(recipe: Recipe, tokens: float | None, sizes: Sizes | str) -> str:
     store = recipe.reference.store or default_folder()
     kept = _kept_bytes(recipe, tokens, sizes)
+    if rule := _rule(recipe):
+        held = "A second model" if _is_second(recipe) else "A copy of the adapter"
+        return f"It follows the policy, {rule}. {_LIVE} {held} is held for it, and kept in every checkpoint."
     if _is_live(recipe, tokens, sizes):
         why = "" if kept is None or recipe.reference.source == "live" else f" Keeping it would take {size(int(kept))}."
         held = "A second model is held for it." if _is_second(recipe) else "No second model is held."
@@ -76,7 +99,7 @@ def _source(recipe: Recipe, tokens: float | None, sizes: Sizes | str) -> str:
 
 def _is_live(recipe: Recipe, tokens: float | None, sizes: Sizes | str) -> bool:
     source, kept = recipe.reference.source, _kept_bytes(recipe, tokens, sizes)
-    return source == "live" or (source == "auto" and kept is not None and kept > SMALL)
+    return source == "live" or _rule(recipe) is not None or (source == "auto" and kept is not None and kept > SMALL)
 
 
 def _kept_bytes(recipe: Recipe, tokens: float | None, sizes: Sizes | str) -> float | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,7 @@ from prefopt.console import say
 from prefopt.data.collation import Collator
 from prefopt.data.dataset import TokenDataset
 from prefopt.errors import UserError
+from prefopt.following import follow, source_of_scores
 from prefopt.reference.answers import Answer, answers_of
 from prefopt.reference.cached import CachedReference
 from prefopt.reference.choosing import choose_form
@@ -30,6 +32,7 @@ from prefopt.reference.live import (
     plan_reference,
 )
 from prefopt.reference.record import check_reference, record_reference
+from prefopt.reference.rule import sync_rule
 from prefopt.reference.store import Entry, Store, entry_path
 from prefopt.reference.upkeep import size
 
@@ -51,8 +54,9 @@ def open_reference_scores(
     here. Raises `UserError` for a model that cannot be the reference, or for a store that cannot be used though
     `source: cached` asks for one.
     """
-    need, source = trainer.objective.reference, (trainer.args.reference or {}).get("source", "auto")
-    options: dict[str, Any] = {"fresh_adapter": fresh_adapter, "explicit": explicit}
+    need, rule = trainer.objective.reference, sync_rule(trainer.args.reference)
+    source = source_of_scores(trainer)
+    options: dict[str, Any] = {"fresh_adapter": fresh_adapter, "explicit": explicit, "moves": rule is not None}
     cached = need != "none" and source != "live" and not _is_sharded(trainer, must=source == "cached")
     reference = plan_reference(need, trainer.model, before_training=cached, **options)
     if not isinstance(reference, LiveReference):
@@ -61,6 +65,8 @@ def open_reference_scores(
     if cached:
         _place(trainer)
     reference.prepare(trainer.accelerator)
+    if rule is not None:
+        follow(trainer, reference, rule)
     if cached:
         stored = _cached(trainer, reference, identity, must=source == "cached")
         if stored is not None:
@@ -135,7 +141,8 @@ def begin_training(trainer: PreferenceTrainer, *, resumed: bool) -> None:
         try:
             if resumed and "reference" not in (trainer.args.allow_change or []):
                 check_reference(folder, identity)
-            record_reference(folder, identity, trainer.reference.summary)
+            rule = sync_rule(trainer.args.reference)
+            record_reference(folder, identity, trainer.reference.summary, asdict(rule) if rule else None)
         except (UserError, OSError) as error:
             problem = str(error)
     if problem := broadcast_object_list([problem])[0]:
@@ -149,7 +156,7 @@ def identify_reference(trainer: PreferenceTrainer, reference: Reference) -> Iden
     model = reference.model if isinstance(reference, FrozenModel) else trainer.model
     adapter: Any = None
     if isinstance(reference, AdapterOff):
-        adapter = ADAPTER_OFF if reference.adapter is None else reference.adapter
+        adapter = ADAPTER_OFF if reference.adds_nothing else reference.adapter
     return identify(model, adapter=adapter, compute_dtype=_compute_dtype(trainer))
 
 

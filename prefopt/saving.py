@@ -88,8 +88,8 @@ def full_disk_said(folder: Path, size: int | None = None) -> Iterator[None]:
         ) from error
 
 
-def checkpoint_bytes(trainer: Trainer) -> int:
-    """About how many bytes a checkpoint of this trainer takes: weights, optimizer and small files.
+def checkpoint_bytes(trainer: Trainer, kept: int = 0) -> int:
+    """About how many bytes a checkpoint of this trainer takes: weights, optimizer, small files, and `kept` bytes more.
 
     Call it before the model is wrapped. An optimizer that is not known counts as nothing, so the figure is low rather
     than high.
@@ -105,7 +105,7 @@ def checkpoint_bytes(trainer: Trainer) -> int:
         name = type(trainer.optimizer).__name__.lower()
     moments = next((count for word, count in _MOMENTS.items() if word in name), 0)
     states = sum(parameter.numel() * (1 if "bit" in name else parameter.element_size()) for parameter in trained)
-    return weights + moments * states + _SMALL_FILES
+    return weights + moments * states + kept + _SMALL_FILES
 
 
 def forecast(trainer: Trainer, size: int) -> None:

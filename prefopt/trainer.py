@@ -29,6 +29,7 @@ from prefopt.data.prepare import WEIGHT
 from prefopt.drift import loss_facts
 from prefopt.durable import DurableTrainer
 from prefopt.errors import NonFiniteError
+from prefopt.following import reference_facts, reference_figures
 from prefopt.launch import refuse_parallelism
 from prefopt.layouts import choose_layout, is_shared, row_sampler
 from prefopt.loading import batch_loader, to_device
@@ -230,7 +231,7 @@ class PreferenceTrainer(DurableTrainer):
         """Add the training metrics since the last log: means over rows or tokens of all ranks."""
         if "loss" in logs:
             logs.update(self._train_sums.reduce(self.accelerator))
-            logs["num_tokens"] = self._count_tokens()
+            logs.update(reference_figures(self), num_tokens=self._count_tokens())
         super().log(logs, start_time)
 
     def _count_tokens(self) -> int:
@@ -240,10 +241,9 @@ class PreferenceTrainer(DurableTrainer):
         return self.state.num_input_tokens_seen
 
     def _resume_facts(self) -> dict[str, Any]:
-        reference = self.reference_identity and self.reference_identity.key
         layout = "shared" if is_shared(self.data_collator) else "plain"
-        facts = {"data": self.train_dataset.fingerprint, "reference": reference, "layout": layout}
-        return {**loss_facts(self.objective), **facts}
+        facts = {"data": self.train_dataset.fingerprint, "layout": layout}
+        return {**loss_facts(self.objective), **reference_facts(self), **facts}
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         self._count_tokens()  # the count is part of the saved state

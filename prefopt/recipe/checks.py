@@ -8,6 +8,7 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from prefopt.config import sync_conflict
 from prefopt.errors import RecipeError, nearest
 from prefopt.losses import Objective, make
 from prefopt.recipe.problems import Problems
@@ -169,5 +170,7 @@ def _check_reference(draft: Draft, problems: Problems) -> None:
         problems.add(place, "reference.form", f"has no effect: {names} compares no whole distributions. Remove it.")
     elif reference.get("form") and reference.get("source") == "live":
         problems.add(place, "reference.form", "has no effect with source: live. Remove one of them.")
+    if conflict := sync_conflict(reference):
+        problems.add(place, f"reference.{conflict[0]}", conflict[1])
     if reference.get("revision") and not reference.get("model"):
         problems.add(place, "reference.revision", "has no effect without reference.model. Remove it.")

@@ -7,7 +7,7 @@ from glob import glob
 from pathlib import Path
 from typing import Any
 
-from prefopt.config import COUNT, POSITIVE, REFERENCE_FORMS, REFERENCE_SOURCES, Range
+from prefopt.config import COUNT, POSITIVE, REFERENCE_FORMS, REFERENCE_SOURCES, SHARE, Range
 from prefopt.data.spec import DataSpec
 
 
@@ -161,7 +161,7 @@ class DataSection:
 
 @dataclass(frozen=True)
 class ReferenceSection:
-    """The frozen model a loss compares with; the starting model when `model` is None."""
+    """The model a loss compares with: the starting model when `model` is None, frozen while `sync_steps` is None."""
 
     source: str = field(
         default="auto",
@@ -195,6 +195,22 @@ class ReferenceSection:
         default=None,
         metadata=about(
             "Answers the reference scores at once; eight for each row of a batch when not set.", within=COUNT
+        ),
+    )
+    sync_steps: int | None = field(
+        default=None,
+        metadata=about(
+            "TR-DPO: after every so many optimizer steps the reference follows the policy. It is then live, and part "
+            "of every checkpoint. Not set: it never moves.",
+            within=COUNT,
+        ),
+    )
+    mixup_alpha: float | None = field(
+        default=None,
+        metadata=about(
+            "How far it follows: reference <- alpha policy + (1 - alpha) reference, weight by weight; 1 is a copy. 0.6 "
+            "when not set. Of an adapter its own weights are averaged, not the products that they add to the base.",
+            within=SHARE,
         ),
     )
 

@@ -100,7 +100,7 @@ def identify(
         own = _of_adapter(name, outer, adapters)
         added[name] = {"weights": hash_tensors(own), **_adapter_settings(name, outer, inner)}
         tensors.update(own)
-    configuration = _fields(inner.config.to_dict(), _NOT_THE_FUNCTION) | {"logits": head_transform(inner.config)}
+    configuration = configuration_of(inner)
     parts = {
         "weights": weights,
         "adapter": hash_json(sorted(map(hash_json, added.values()))) if added else None,
@@ -120,6 +120,11 @@ def identify(
     }
     # Only the main process has hashes of tensors.
     return broadcast_object_list([Identity(hash_json(parts), whole, plain(about))])[0]
+
+
+def configuration_of(inner: PreTrainedModel) -> dict[str, Any]:
+    """The fields of a causal language model's configuration that make its function, and what follows its head."""
+    return _fields(inner.config.to_dict(), _NOT_THE_FUNCTION) | {"logits": head_transform(inner.config)}
 
 
 def _for_people(inner: PreTrainedModel) -> dict[str, Any]:

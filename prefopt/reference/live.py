@@ -22,6 +22,7 @@ from prefopt.scoring.modes import evaluating
 
 # Saved as a folder beside the adapter in training; a name that starts with `_` is not pushed to the Hub.
 _REFERENCE_ADAPTER = "_reference"
+_COPIED, _MOVING = "a frozen copy", "a copy"
 
 
 class Reference(Protocol):
@@ -79,7 +80,7 @@ class LiveReference(ABC):
 
 
 class FrozenModel(LiveReference):
-    """A second model that never changes: a copy of the starting policy, or one from another path."""
+    """A second model, which is never trained: a copy of the starting policy, or one from another path."""
 
     def __init__(self, model: nn.Module, *, is_start: bool, summary: str) -> None:
         refuse_unsupported(model)
@@ -109,13 +110,16 @@ class FrozenModel(LiveReference):
 
 
 class AdapterOff(LiveReference):
-    """The policy's own base weights, with its adapter off, or with a frozen copy of the one training began with."""
+    """The policy's own base weights, with its adapter off, or with a copy of the one training began with.
+
+    `adds_nothing`: the adapter that training began with is the base itself.
+    """
 
     is_start = True
 
-    def __init__(self, adapter: str | None) -> None:
-        self.adapter = adapter
-        kind = "its adapter off" if adapter is None else "a frozen copy of the adapter it started with"
+    def __init__(self, adapter: str | None, *, copied: str = _COPIED, adds_nothing: bool = False) -> None:
+        self.adapter, self.adds_nothing = adapter, adds_nothing or adapter is None
+        kind = "its adapter off" if adapter is None else f"{copied} of the adapter it started with"
         self.summary = f"live: the policy with {kind}"
 
     def prepare(self, accelerator: Accelerator) -> None:
@@ -160,14 +164,16 @@ def plan_reference(
     fresh_adapter: bool,
     explicit: nn.Module | None = None,
     before_training: bool = False,
+    moves: bool = False,
 ) -> Reference:
     """Choose the source for a loss's `need` (`none`, `logp` or `distribution`), before training moves the policy.
 
     `fresh_adapter`: the adapter was just made, so switching it off gives the starting policy, unless its configuration
     has it start elsewhere (PiSSA). `explicit`: a model that was asked for by name, whose margins need not be 0.
-    `before_training`: all is scored before the policy moves, so that it needs no copy. Raises `UserError` for one that
-    cannot be the reference.
+    `before_training`: all is scored before the policy moves, so that it needs no copy. `moves`: the reference will
+    follow the policy, and needs weights of its own. Raises `UserError` for one that cannot be the reference.
     """
+    copied = _MOVING if moves else _COPIED
     if need == "none":
         if explicit is not None:
             raise UserError("a reference model was given, but this loss reads none: leave it out")
@@ -179,12 +185,13 @@ def plan_reference(
         adds_nothing = fresh_adapter and _starts_at_zero(policy)
         if before_training and not adds_nothing:
             return StartingPolicy()
-        return AdapterOff(None if adds_nothing else _copy_adapter(policy))
+        own = moves or not adds_nothing
+        return AdapterOff(_copy_adapter(policy) if own else None, copied=copied, adds_nothing=adds_nothing)
     if before_training:
         return StartingPolicy()
     if any(hasattr(parameter, "ds_id") for parameter in policy.parameters()):
         raise UserError("ZeRO-3 holds the policy in pieces, which cannot be copied: name its path as `reference.model`")
-    return FrozenModel(copy.deepcopy(policy), is_start=True, summary="live: a frozen copy of the starting policy")
+    return FrozenModel(copy.deepcopy(policy), is_start=True, summary=f"live: {copied} of the starting policy")
 
 
 def plan_of(batch: dict[str, Any]) -> dict[str, Any]:
@@ -226,14 +233,21 @@ def _copy_adapter(model: PeftModel) -> str:
         config.init_lora_weights = True
     with torch.random.fork_rng():  # what it draws is written over
         model.add_adapter(_REFERENCE_ADAPTER, config)
-    parameters = dict(model.named_parameters())
+    for twin, parameter in adapter_twins(model, _REFERENCE_ADAPTER).values():
+        twin.data = parameter.detach().clone()
+        twin.requires_grad_(False)
+    return _REFERENCE_ADAPTER
+
+
+def adapter_twins(model: PeftModel, copied: str) -> dict[str, tuple[nn.Parameter, nn.Parameter]]:
+    """The weights of the adapter `copied` and those of the active one, by the names of the latter."""
+    active, parameters = model.active_adapter, dict(model.named_parameters())
+    twins = {}
     for name, parameter in parameters.items():
         parts = name.split(".")
         if active in parts:
-            twin = parameters[".".join(_REFERENCE_ADAPTER if part == active else part for part in parts)]
-            twin.data = parameter.detach().clone()
-            twin.requires_grad_(False)
-    return _REFERENCE_ADAPTER
+            twins[name] = (parameters[".".join(copied if part == active else part for part in parts)], parameter)
+    return twins
 
 
 def _peft_model(policy: nn.Module) -> PeftModel:

@@ -20,14 +20,18 @@ _shown = reprlib.Repr()
 _shown.maxstring = 120
 
 
-def record_reference(folder: Path, identity: Identity, source: str) -> None:
-    """Write the reference of a run into its folder; `source` is a line for people. Call it from one process."""
+def record_reference(folder: Path, identity: Identity, source: str, moves: Mapping[str, Any] | None = None) -> None:
+    """Write the reference that a run begins with into its folder. Call it from one process.
+
+    `source` is a line for people; `moves` are `sync_steps` and `mixup_alpha` of a reference that follows the policy.
+    """
     body = plain(
         {
             "version": VERSION,
             "key": identity.key,
             "weights": identity.weights,
             "source": source,
+            **({"moves": moves} if moves else {}),
             "about": identity.about,
         }
     )

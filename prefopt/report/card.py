@@ -15,6 +15,7 @@ from typing import Any
 import yaml
 from huggingface_hub import ModelCardData
 
+from prefopt.reference.rule import in_words, sync_rule
 from prefopt.report.plots import FOLDER, OVERVIEW
 from prefopt.report.results import RESULTS_FILE, plain, without_secrets, write_whole
 
@@ -93,6 +94,7 @@ def model_card(
         f"# {publishable(title)}",
         note,
         _introduction(_start(base, adapter), _datasets(recipe), docs, adapter),
+        in_words(sync_rule(recipe.get("reference"))),
         _results_section(results),
         _curves_section(plots),
         _data_section(results.get("data", {}), results.get("fingerprint", {})),

@@ -34,6 +34,15 @@ CASES: dict[str, dict[str, Any]] = {
     "sft": {"rows": 13, "batch": 4, "accumulation": 1, "loss": "sft", "rate": 0.3},
     "whole_distributions": {"rows": 9, "batch": 8, "accumulation": 1, "epochs": 2, "loss": "tdpo2", "eval_rows": 3},
     "whole_distributions_and_adapter": {"rows": 13, "batch": 4, "accumulation": 2, "loss": "tdpo1", "adapter": True},
+    "moving_reference": {"rows": 13, "batch": 4, "accumulation": 1, "epochs": 2, "rate": 0.3, "sync_steps": 3},
+    "moving_reference_of_an_adapter": {
+        "rows": 13,
+        "batch": 4,
+        "accumulation": 1,
+        "epochs": 2,
+        "adapter": True,
+        "sync_steps": 2,
+    },
     "step_estimate": {"rows": 9, "batch": 8, "accumulation": 1, "loss": CentredLoss()},
     "targets": {
         "rows": 9,
@@ -78,6 +87,7 @@ def run(case: dict[str, Any], folder: str, world: int) -> dict[str, Any]:
         loss=case.get("loss", "dpo"),
         eval_rows=text_pairs(case["eval_rows"], seed=5) if "eval_rows" in case else None,
         peft_config=LoraConfig(**ADAPTER) if adapter else None,
+        reference_block={"sync_steps": case["sync_steps"], "mixup_alpha": 0.6} if "sync_steps" in case else None,
         callbacks=[visits],
         per_device_train_batch_size=case["batch"] // world,
         per_device_eval_batch_size=2,

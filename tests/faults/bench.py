@@ -37,7 +37,7 @@ _BATCH = "per_device_train_batch_size"
 # All draw random numbers in every forward, so a resume that loses the random state ends elsewhere. The first has its
 # reference in a store, and logs in the middle of epochs; the second has it beside the policy, and keeps the best model;
 # the third estimates over the whole step before its first backward, has a loader in a process of its own, and saves at
-# every other step.
+# every other step; the reference of the fourth follows the policy.
 CASES: dict[str, dict[str, Any]] = {
     "adapter": {
         "use_peft": True,
@@ -64,6 +64,13 @@ CASES: dict[str, dict[str, Any]] = {
         "dataloader_num_workers": 1,
         "save_steps": 2,
         "logging_steps": 3,
+    },
+    "moving": {
+        "loss": {"name": "tdpo2"},
+        "use_peft": True,
+        "lora_r": 4,
+        "lora_dropout": 0.1,
+        "reference": {"sync_steps": 3, "mixup_alpha": 0.6},
     },
 }
 

@@ -68,7 +68,7 @@ def test_a_killed_run_ends_as_if_nothing_had_happened(bench, tmp_path, ends_exac
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("case", "ranks"), [("adapter", 1), ("full", 1), ("kto", 2)])
+@pytest.mark.parametrize(("case", "ranks"), [("adapter", 1), ("full", 1), ("kto", 2), ("moving", 2)])
 def test_a_run_killed_again_and_again_still_ends_the_same(bench, tmp_path, ends_exactly, count, case, ranks):
     rng, run = random.Random(case), tmp_path / "run"
     for _ in range(6):

@@ -23,6 +23,7 @@ from tests.oracle.trainers import (
     trl_cpo,
     trl_dpo,
     trl_kto,
+    worst,
 )
 
 
@@ -234,6 +235,23 @@ def test_one_step_and_its_log(data, case, tmp_path):
         # Sums over hundreds of tokens: 1e-5 of a unit, or seven digits.
         assert found[name] == pytest.approx(expected[name], abs=TOLERANCE, rel=1e-6), name
     assert abs(found["rewards/margins"]) > 0.01
+
+
+@pytest.mark.parametrize("alpha", [0.6, 1.0])
+def test_a_reference_that_moves(data, alpha, tmp_path):
+    """TR-DPO: TRL's callback after every second of five steps, each of all rows."""
+    whole = {"max_steps": 5, "learning_rate": 0.1}
+    theirs = {"sync_ref_model": True, "ref_model_sync_steps": 2, "ref_model_mixup_alpha": alpha}
+    mine = ours(data, tmp_path, reference={"sync_steps": 2, "mixup_alpha": alpha}, **whole)
+    other, stays = trl_dpo(data, tmp_path, **theirs, **whole), trl_dpo(data, tmp_path, **whole)
+    for trainer in (mine, other, stays):
+        trainer.train()
+    expected = dict(other.model.named_parameters())
+    assert_equal(dict(mine.model.named_parameters()), expected)
+    assert max(worst(dict(stays.model.named_parameters()), expected).values()) > 10 * TOLERANCE
+    for found, line in zip(mine.state.log_history[:5], other.state.log_history[:5], strict=True):
+        assert found["loss"] == pytest.approx(line["loss"], abs=TOLERANCE)
+        assert found["rewards/margins"] == pytest.approx(line["rewards/margins"], abs=TOLERANCE, rel=1e-5)
 
 
 def test_evaluation_of_one_batch(data, tmp_path):

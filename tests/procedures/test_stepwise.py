@@ -120,6 +120,15 @@ def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
+def test_a_reference_that_moves_begins_every_step_with_what_the_step_before_left(here):
+    folder = here(extra=LORA + "reference: {sync_steps: 2}\n")
+    assert cli.main(["train", "recipe.yaml"]) == 0
+    left = [read_lineage(step)["left"]["weights"] for step in steps_of(folder)]
+    records = [json.loads((step / "reference.json").read_text()) for step in steps_of(folder)]
+    assert [record["weights"] for record in records[1:]] == left[:-1]
+    assert all(record["moves"] == {"sync_steps": 2, "mixup_alpha": 0.6} for record in records)
+
+
 def train(*overrides: str) -> int:
     return cli.main(["train", "recipe.yaml", *overrides])
 

@@ -101,6 +101,22 @@ def test_reference_plan(load):
     assert reference_plan(load("--reference.source=live", "--use_peft")).endswith("No second model is held.")
 
 
+def test_a_reference_that_moves_is_forecast(load):
+    moves = "It follows the policy, moving: every 64 steps, alpha 0.6. It is scored beside the policy at every step."
+    full, adapter = load("--reference.sync_steps=64"), load("--reference.sync_steps=64", "--use_peft")
+    assert (
+        reference_plan(full)
+        == f"the starting model. {moves} A second model is held for it, and kept in every checkpoint."
+    )
+    assert f"the policy with a copy of its adapter. {moves} A copy of the adapter is held" in reference_plan(adapter)
+    single, half = Sizes(10**9, 10**9, 4, 24, 1000), Sizes(10**9, 10**9, 2, 24, 1000)
+    assert reference_bytes(full, 1e4, single) == 4 * 10**9
+    assert reference_bytes(full, 1e4, half) == (2 + 4) * 10**9  # with its average
+    copies = load("--reference.sync_steps=64", "--reference.mixup_alpha=1")
+    assert reference_bytes(copies, 1e4, half) == 2 * 10**9
+    assert reference_bytes(adapter, 1e4, Sizes(10**9, 10**6, 2, 24, 1000)) == 4 * 10**6
+
+
 def test_whole_distributions_are_forecast(load):
     sizes = Sizes(10**9, 10**9, 2, 24, 1000, 50_000)
     full, adapter = load("--loss.name=tdpo2"), load("--loss.name=tdpo2", "--use_peft")

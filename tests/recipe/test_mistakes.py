@@ -14,7 +14,7 @@ from trl.experimental.kto import KTOConfig
 from prefopt.config import PreferenceConfig
 from prefopt.errors import RecipeError
 from prefopt.losses.elsewhere import IN_TRL
-from prefopt.recipe import load_recipe
+from prefopt.recipe import ReferenceSection, load_recipe
 from prefopt.recipe.loss_block import knob_names
 from prefopt.recipe.read import known_names, training_types
 from prefopt.recipe.renamed import NOTES, RENAMED, RETIRED
@@ -78,7 +78,8 @@ def test_older_names_lead_to_names_there_are():
     assert {*NOTES} <= {*RENAMED}
     assert not {*RENAMED, *RETIRED} & {*known_names()}
     for new in RENAMED.values():
-        assert new in known_names() or new == "reference.model"
+        block, _, inner = new.partition(".")
+        assert new in known_names() or (block == "reference" and inner in vars(ReferenceSection()))
 
 
 def test_every_setting_of_trls_trainers_is_read_or_has_an_answer(refused):
@@ -180,6 +181,16 @@ def test_model(refused, lines, part):
         ("reference: {source: cahced}", "reference.source: `cahced` is not one of"),
         ("reference: {revision: a}", "has no effect without reference.model"),
         ("reference: a", "expected a block"),
+        ("reference: {sync_steps: 0}", "reference.sync_steps: must be at least 1, not 0"),
+        ("reference: {sync_steps: 2.5}", "reference.sync_steps: expected a whole number"),
+        ("reference: {sync_steps: 8, mixup_alpha: 0}", "reference.mixup_alpha: must be above 0 and at most 1, not 0"),
+        ("reference: {sync_steps: 8, mixup_alpha: 1.1}", "must be above 0 and at most 1, not 1.1"),
+        ("reference: {mixup_alpha: 0.5}", "reference.mixup_alpha: has no effect without sync_steps. Write"),
+        ("reference: {sync_steps: 8, source: cached}", "reference.source: cached keeps the scores of one reference"),
+        ("reference: {sync_steps: 8, source: none}", "reference.source: none and sync_steps contradict each other"),
+        ("sync_ref_model: true", "sync_ref_model: write reference: {sync_steps: 512, mixup_alpha: 0.6}"),
+        ("ref_model_sync_steps: 64", "write reference.sync_steps: 64. It stands for sync_ref_model: true as well."),
+        ("ref_model_mixup_alpha: 0.9", "write reference.mixup_alpha: 0.9. It is read beside reference.sync_steps."),
         ("procedure: spin", "expected a block"),
         ("remove_unused_columns: true", "stays false here"),
         ("label_smoothing_factor: 0.1", "stays 0 here"),

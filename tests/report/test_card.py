@@ -74,6 +74,12 @@ def test_the_body_holds_results_data_versions_and_paper():
     assert text.count("Some GPU") == 1
 
 
+def test_a_reference_that_moved_is_told():
+    moved = model_card({**RECIPE, "reference": {"source": "auto", "sync_steps": 512}}, RESULTS)
+    assert "The reference followed the policy, moving: every 512 steps, alpha 0.6 (TR-DPO, arXiv 2404.09656)." in moved
+    assert "TR-DPO" not in model_card({**RECIPE, "reference": {"source": "auto"}}, RESULTS)
+
+
 def test_the_recipe_can_be_copied_out_of_the_card():
     text = model_card(RECIPE, RESULTS)
     block = text.split("```yaml\n")[1].split("\n```")[0]
