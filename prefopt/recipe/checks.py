@@ -8,12 +8,12 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from prefopt.config import sync_conflict
 from prefopt.errors import RecipeError, nearest
 from prefopt.losses import Objective, make
 from prefopt.recipe.problems import Problems
 from prefopt.recipe.read import Draft
 from prefopt.recipe.sections import DataSection, LossSpec
+from prefopt.settings import sync_conflict
 
 ADAPTER = (
     "lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "lora_modules_to_save", "use_rslora", "use_dora",

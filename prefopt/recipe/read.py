@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, get_type_hints
 
-from prefopt.config import PreferenceConfig, field_problem
+from prefopt.config import PreferenceConfig
 from prefopt.errors import nearest
 from prefopt.losses import names
 from prefopt.recipe.fields import read_section, read_value
@@ -17,6 +17,7 @@ from prefopt.recipe.problems import Place, Problems
 from prefopt.recipe.renamed import RENAMED, RETIRED, loss_type_remedy, remedy
 from prefopt.recipe.sections import DataSection, DatasetEntry, LossSpec, ModelSection, ReferenceSection
 from prefopt.recipe.tree import NULLS, Block, Items, Node, Text
+from prefopt.settings import field_problem
 
 MIXTURES = ("datasets", "targets")
 BLOCKS = ("loss", "loss_weights", "reference", "procedure")

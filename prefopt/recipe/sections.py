@@ -7,8 +7,9 @@ from glob import glob
 from pathlib import Path
 from typing import Any
 
-from prefopt.config import COUNT, POSITIVE, REFERENCE_FORMS, REFERENCE_SOURCES, SHARE, Range
 from prefopt.data.spec import DataSpec
+from prefopt.ranges import COUNT, POSITIVE, SHARE, Range
+from prefopt.settings import REFERENCE_FORMS, REFERENCE_SOURCES
 
 
 def about(explain: str, *, choices: tuple[str, ...] = (), within: Range | None = None) -> dict[str, Any]:

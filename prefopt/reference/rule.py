@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from prefopt.config import MIXUP_ALPHA
+from prefopt.settings import MIXUP_ALPHA
 
 AVERAGE_WIDTH = 4
 """Bytes of a weight's average, which is held in float32 at least."""

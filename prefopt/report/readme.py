@@ -18,10 +18,11 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from prefopt.config import CHOICES, PreferenceConfig, shown_defaults
+from prefopt.config import PreferenceConfig, shown_defaults
 from prefopt.errors import UserError, nearest
 from prefopt.losses.pages import table_rows
 from prefopt.recipe import bundled_recipes
+from prefopt.settings import CHOICES
 
 ROOT = Path(__file__).resolve().parents[2]
 README = ROOT / "README.md"

@@ -13,10 +13,11 @@ import torch
 from transformers import HfArgumentParser, TrainingArguments
 from trl import DPOConfig
 
-from prefopt.config import CHOICES, DEFAULTS_SHOWN, FIXED, RANGES, PreferenceConfig, field_problem, shown_defaults
+from prefopt.config import DEFAULTS_SHOWN, PreferenceConfig, shown_defaults
 from prefopt.errors import RecipeError, UserError
 from prefopt.recipe import ModelSection, load_recipe
 from prefopt.recipe.sections import DataSection, DatasetEntry
+from prefopt.settings import CHOICES, FIXED, RANGES, field_problem
 from tests.recipe.mistakes import BASE
 
 TOKEN = "hf_AbCdEfGhIjKlMnOpQrStUvWx"
