@@ -17,6 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from prefopt.generation import generate
 
 TURNS, KEY = 6, 2
+DECIDING = (KEY, KEY + 1)
 ACTS = {"angry": "apologise", "curious": "explain", "rushed": "summarise", "shy": "encourage"}
 ANSWERS = {"price": "discount", "colour": "samples", "safety": "certificate", "delivery": "courier"}
 TOPICS = "weather football music garden traffic holidays cinema cooking".split()
@@ -70,8 +71,12 @@ class Session:
 
     def error(self) -> int | None:
         """The first turn with a wrong act; None for a sale."""
-        turns = (KEY, KEY + 1)
-        return next((turn for turn in turns if self.said(turn).split()[:1] != [self.wanted(turn)]), None)
+        return next((turn for turn in DECIDING if self.said(turn).split()[:1] != [self.wanted(turn)]), None)
+
+    @property
+    def sold(self) -> bool:
+        """Whether the conversation, which is over, ended in a sale."""
+        return self.error() is None
 
     def before(self, turn: int) -> Session:
         """The same partner and history, up to the agent's turn of this number."""
