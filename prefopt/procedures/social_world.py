@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -42,14 +42,14 @@ def social_world(recipe: Recipe) -> Sequence[Stage]:
     base, main = with_start(recipe.replace(data_files=segments), start)
     sizes = asdict(settings)
 
-    def made(name: str, make: Any, summary: str, **more: str) -> MakeStage:
+    def made(name: str, make: Callable[[], Any], summary: str, **more: str) -> MakeStage:
         return MakeStage(name, folder, make, {**sizes, **more}, summary=summary)
 
     return [
-        made("sessions", lambda: stages.make_sessions(folder, settings), f"{settings.sessions} of the expert, to imitate"),
+        made("sessions", lambda: stages.make_sessions(folder, settings), f"{settings.sessions} of the expert"),
         base,
-        made("pairs", lambda: _pairs(base.folder, folder, settings), f"at most {settings.pairs}: whole sessions of the base agent, a failure and a sale each"),
-        made("segments", lambda: _segments(folder, select), f"the pairs, cut where they part and where their segment ends ({named})", select=named),
+        made("pairs", lambda: _pairs(base.folder, folder, settings), f"whole sessions, at most {settings.pairs} pairs"),
+        made("segments", lambda: _segments(folder, select), f"the pairs, cut to the turns `{named}`", select=named),
         main,
         made("compare", lambda: _compare(base.folder, main.folder, folder, settings),
              f"sales and KL before and after, with {settings.partners} new partners"),
