@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from prefopt.console import say
-from prefopt.data.segments import Selector, selector_of
+from prefopt.data.segments import Selector
 from prefopt.errors import RecipeError, UserError, nearest
+from prefopt.procedures.selecting import read_selector
 from prefopt.procedures.single import with_start
 from prefopt.procedures.stage import MakeStage, Stage, procedure, refuse_unknown
 from prefopt.world import social_stages as stages
@@ -17,8 +18,6 @@ from prefopt.world.social_stages import EVAL_SEGMENTS, SEGMENTS, SESSIONS, Socia
 
 if TYPE_CHECKING:
     from prefopt.recipe import Recipe
-
-SELECTORS = ("single_turn", "fixed", "to_end", "given")
 
 
 @procedure("social_world")
@@ -35,7 +34,7 @@ def social_world(recipe: Recipe) -> Sequence[Stage]:
     _refuse_data(recipe)
     settings = _settings(recipe.procedure.get("world") or {})
     named = recipe.procedure.get("select", "given")
-    select = _selector(named)
+    select = read_selector(named, "given")
     folder = Path(recipe.output_dir) / "world"
     start = {"data_files": str(folder / SESSIONS), **(recipe.procedure.get("start") or {})}
     segments = {"train": str(folder / SEGMENTS), "test": str(folder / EVAL_SEGMENTS)}
@@ -78,17 +77,6 @@ def _refuse_data(recipe: Recipe) -> None:
     for name in ("dataset_name", "data_files", "datasets"):
         if getattr(recipe.data, name):
             raise RecipeError(f"{name}: the social world makes its own data. To train on yours, remove `procedure`.")
-
-
-def _selector(named: Any) -> Selector:
-    """The selector of a name; a function from a file is left to the command, where files are named by hand."""
-    rule = str(named).partition(":")[0]
-    try:
-        if rule in SELECTORS:
-            return selector_of(str(named))
-    except UserError:
-        pass
-    raise RecipeError(f"procedure.select: `{named}` is none of single_turn, fixed:N, to_end, given.")
 
 
 def _settings(given: dict[str, Any]) -> SocialSettings:
