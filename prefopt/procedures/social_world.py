@@ -36,7 +36,7 @@ def social_world(recipe: Recipe) -> Sequence[Stage]:
     named = recipe.procedure.get("select", "given")
     select = read_selector(named, "given")
     folder = Path(recipe.output_dir) / "world"
-    start = {"data_files": str(folder / SESSIONS), **(recipe.procedure.get("start") or {})}
+    start = {"data_files": str(folder / SESSIONS), "eval_strategy": "no", **(recipe.procedure.get("start") or {})}
     segments = {"train": str(folder / SEGMENTS), "test": str(folder / EVAL_SEGMENTS)}
     base, main = with_start(recipe.replace(data_files=segments), start)
     sizes = asdict(settings)

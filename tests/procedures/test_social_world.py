@@ -66,7 +66,7 @@ def test_any_loss_over_pairs_may_be_trained(loss):
         (["--procedure.world", "{pairs: 0}"], r"procedure\.world\.pairs is 0; it must be at least 1"),
         (["--procedure.world", "{pairs: many}"], r"procedure\.world\.pairs: must be a whole number"),
         (["--procedure.selects", "given"], "Did you mean `select`"),
-        (["--data_files", "mine.jsonl"], "data_files: the social world makes its own data"),
+        (["--data_files", "{train: mine.jsonl, test: held.jsonl}"], "data_files: the social world makes its own data"),
         (["--loss", "{name: kto}"], "makes pairs, and kto reads single answers"),
     ],
 )
