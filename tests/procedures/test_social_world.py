@@ -22,7 +22,7 @@ SMALL = """{name: social_world, select: 'fixed:2', world: {sessions: 160, pairs:
   start: {loss: {name: sft}, learning_rate: 3e-3, num_train_epochs: 6, per_device_train_batch_size: 8,
           eval_strategy: 'no', logging_steps: 10, save_steps: 30}}"""
 OPTIONS = ["--procedure", " ".join(SMALL.split()), "--per_device_train_batch_size", "2", "--logging_steps", "1",
-           "--save_steps", "2", "--disable_tqdm", "--use_cpu"]  # fmt: skip
+           "--num_train_epochs", "4", "--save_steps", "2", "--disable_tqdm", "--use_cpu"]  # fmt: skip
 
 
 def plan(*options: str):
@@ -101,7 +101,7 @@ def run_until(folder: Path, *lines: str) -> None:
     run = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     awaited = list(lines)
     for line in run.stdout:
-        if awaited and line.startswith(awaited[0]):
+        if awaited and " ".join(line.split()).startswith(awaited[0]):
             awaited.pop(0)
             if not awaited:
                 run.kill()
