@@ -51,8 +51,8 @@ def recipe(models, tmp_path, *rows: dict[str, Any], loss: str = "segment_dpo", *
     file = tmp_path / "rows.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return load_recipe(loss).replace(
-        model_name_or_path=str(models / "start"), data_files=str(file), dataset_name=None, eval_strategy="no",
-        use_cpu=True, **changes,
+        model_name_or_path=str(models / "start"), from_scratch=None, data_files=str(file), dataset_name=None,
+        eval_strategy="no", use_cpu=True, **changes,
     )  # fmt: skip
 
 
@@ -153,8 +153,8 @@ def test_the_largest_log_ratio_of_a_row_has_the_full_colour_and_the_legend_says_
 
     for ratios, full in (((0.05, -0.1), "0.1"), ((0.5, -9.0), "2"), ((0.0,), "2")):
         assert f"by {full} nats or more" in page(*ratios)
-    assert page(0.05, -0.1).count("rgba(218,54,51,0.85)") == 2  # the token, and the legend
-    assert page(0.05, -0.1).count("rgba(46,160,67,0.42)") == 1
+    assert page(0.05, -0.1).count("rgba(218,54,51,0.60)") == 2  # the token, and the legend
+    assert page(0.05, -0.1).count("rgba(46,160,67,0.30)") == 1
 
 
 def test_the_command_prints_and_writes(models, tmp_path, capsys):

@@ -7,7 +7,7 @@ from importlib.resources import files
 from prefopt.inspect.rows import RowView, Stretch
 from prefopt.inspect.terminal import STRONG, TITLES
 
-LARGEST = 0.85  # opacity of the strongest colour
+LARGEST = 0.6  # opacity of the strongest colour, on which small figures must be read
 
 
 def page_of(view: RowView, title: str) -> str:
