@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,7 +38,13 @@ class Rows:
 
 
 # What procedures read that sample answers of their own: the data's answers, or its prompts alone.
-_READ_BY_ROUNDS: dict[str, dict[str, Any]] = {"spin": {"supervised": True}, "online": {"prompts_only": True}}
+_ANSWERS, _PROMPTS = {"supervised": True}, {"prompts_only": True}
+
+
+def _read_by_rounds(procedure: Mapping[str, Any]) -> dict[str, bool]:
+    """How a procedure with rounds reads the data; empty for one without."""
+    online = _ANSWERS if "environment" in procedure else _PROMPTS
+    return {"spin": _ANSWERS, "online": online}.get(procedure.get("name", ""), {})
 
 
 def count_rows(recipe: Recipe) -> Rows:
@@ -50,7 +56,7 @@ def count_rows(recipe: Recipe) -> Rows:
     settings = recipe.resolved()
     bad_rows = {"on_bad_row": settings["on_bad_row"], "max_bad_rows": settings.get("max_bad_rows")}
     try:
-        if reads := _READ_BY_ROUNDS.get(recipe.procedure.get("name", "")):
+        if reads := _read_by_rounds(recipe.procedure):
             train, test = load_train_test(recipe.data_spec(), **bad_rows, **reads)
             note = "Every round makes pairs of them; their tokens are counted then."
             return Rows(note, len(train.examples), None if test is None else len(test.examples))

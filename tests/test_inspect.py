@@ -14,7 +14,7 @@ from prefopt import cli
 from prefopt.errors import DataError, UserError
 from prefopt.inspect.command import inspect_row
 from prefopt.inspect.page import page_of
-from prefopt.inspect.rows import Stretch
+from prefopt.inspect.rows import RowView, Stretch, Token
 from prefopt.recipe import load_recipe
 from tests.helpers import make_model, make_tokenizer
 from tests.oracle.trainers import noisy
@@ -51,8 +51,8 @@ def recipe(models, tmp_path, *rows: dict[str, Any], loss: str = "segment_dpo", *
     file = tmp_path / "rows.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return load_recipe(loss).replace(
-        model_name_or_path=str(models / "start"), data_files=str(file), dataset_name=None, eval_strategy="no",
-        use_cpu=True, **changes,
+        model_name_or_path=str(models / "start"), from_scratch=None, data_files=str(file), dataset_name=None,
+        eval_strategy="no", use_cpu=True, **changes,
     )  # fmt: skip
 
 
@@ -150,9 +150,21 @@ def test_the_page_is_whole_escaped_and_fetches_nothing(models, tmp_path, with_mo
     page.feed(html)
     assert page.open == [] and page.fetched == [] and "url(" not in html and "<script" not in html
     assert "<b>" not in html and "&lt;" in html and "&amp;" in html
-    plain = re.sub(r"[+-]\d\.\d\d", "", page.text)
+    plain = re.sub(r"[+-]\d\.\d\d\d\.\d{3}", "", page.text)  # log-ratio and KL under a token
     assert all(said in plain for said in ("two red birds</s>", "stone walls", "turn 1, weight 1", "tool + user"))
     assert ("ratio after" in page.text) == with_model
+
+
+def test_the_largest_log_ratio_of_a_row_has_the_full_colour_and_the_legend_says_so():
+    def page(*ratios):
+        tokens = tuple(Token(f"t{ratio}", {"after": ratio, "kl": 0.01}) for ratio in ratios)
+        view = RowView("rows, row 0", (), {"chosen": (Stretch("assistant", tokens, 0),)}, numbers=("after", "kl"))
+        return page_of(view, "Row 0")
+
+    for ratios, full in (((0.05, -0.1), "0.1"), ((0.5, -9.0), "2"), ((0.0,), "2")):
+        assert f"by {full} nats or more" in page(*ratios)
+    assert page(0.05, -0.1).count("rgba(218,54,51,0.60)") == 2  # the token, and the legend
+    assert page(0.05, -0.1).count("rgba(46,160,67,0.30)") == 1
 
 
 def test_the_command_prints_and_writes(models, tmp_path, capsys):

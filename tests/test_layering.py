@@ -27,6 +27,7 @@ FORBIDDEN = {
     "models.py": ["prefopt.trainer", "prefopt.data", "prefopt.losses", "prefopt.reference"],
     "evaluation.py": ["prefopt.trainer", "prefopt.procedures", "prefopt.recipe"],
     "world": ["prefopt.trainer", "prefopt.procedures"],
+    "environments": ["prefopt.trainer", "prefopt.procedures"],
 }
 # These import nothing of prefopt but what is listed.
 ONLY = {

@@ -76,6 +76,15 @@ def test_the_whole_of_equal_conversations_is_eto(tmp_path):
         torch.testing.assert_close(end, ends[0], atol=1e-6, rtol=0)
 
 
+def test_whole_conversations_with_bounds_train_as_their_segments_do(tmp_path):
+    whole = [
+        {"chosen": [*row["prompt"], *row["chosen"]], "rejected": [*row["prompt"], *row["rejected"]],
+         "start_message": 4, "end_message": 4} for row in SIX
+    ]  # fmt: skip
+    built = with_segments(cut(SIX, 3), {"chosen": [1], "rejected": [1]})
+    assert torch.equal(*(trained(tmp_path, rows, loss="segment_dpo", **STEP) for rows in (whole, built)))
+
+
 def test_eto_and_dmpo_read_no_segment(tmp_path):
     for loss in ("eto", "dmpo"):
         ends = [trained(tmp_path, rows, loss=loss, **STEP) for rows in (SIX, with_segments(SIX, ANY))]

@@ -16,26 +16,22 @@ import argparse
 import copy
 import json
 import tempfile
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
-import torch
 from common import conclude, show, told
-from social import ACTS, ANSWERS, KEY, TALK, TURNS, Session, expert_sessions, partners, play, session_pairs
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from prefopt import PreferenceConfig, PreferenceTrainer
-from prefopt.data import DataSpec, load_examples
-from prefopt.data.collation import Collator
+from prefopt.data import DataSpec
 from prefopt.data.segments import as_json_lines, build_segments, selector_of
-from prefopt.data.tokenization import TokenSettings, tokenize_examples
 from prefopt.losses import Loss, make
-from prefopt.reference.live import plan_of
-from prefopt.scoring.model import DISTRIBUTION, enable_scoring
 from prefopt.scratch import build_model, train_tokenizer
+from prefopt.world.social import expert_sessions, session_pairs
+from prefopt.world.social_figures import measure, session_row
 
 SHAPE = {
     "model_type": "llama",
@@ -56,7 +52,6 @@ PLAIN = {
     "seed": 0,
 }
 RATE = 5e-5  # at 3e-4 every way loses sales: what the wrong acts lose goes to words that are no acts at all
-LANGUAGE = {*TALK, *ACTS.values(), *ANSWERS.values()}
 
 
 @dataclass(frozen=True)
@@ -108,7 +103,7 @@ def base_model(seed: int, size: Size, folder: str) -> tuple[PreTrainedModel, Pre
     sessions = expert_sessions(size.sessions, seed)
     texts = [message["content"] for session in sessions[:200] for message in session.messages]
     tokenizer = train_tokenizer(texts, 512, chat=True)
-    rows = [{"prompt": session.messages[:1], "completion": session.messages[1:], "label": True} for session in sessions]
+    rows = [session_row(session) for session in sessions]
     settings = PreferenceConfig(
         folder, learning_rate=3e-3, per_device_train_batch_size=32, num_train_epochs=size.epochs, **PLAIN
     )
@@ -141,37 +136,11 @@ def trained(
     return trainer.model
 
 
-def measures(
+def figures(
     model: PreTrainedModel, base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, size: Size, seed: int
 ) -> dict[str, float]:
-    """The figures of a model on new partners; KL(base || model) is per token of its own conversations, in nats."""
-    sessions = play(model, tokenizer, partners(size.partners, seed + 7), seed + 7)
-    by_turn = list(turn_kl(model, base, tokenizer, sessions))
-    said = [session.said(turn).split() for session in sessions for turn in range(TURNS)]
-    return {
-        "sales": fmean(session.error() is None for session in sessions),
-        "key_kl": fmean(kl for turn, kl in by_turn if turn in (KEY, KEY + 1)),
-        "talk_kl": fmean(kl for turn, kl in by_turn if turn not in (KEY, KEY + 1)),
-        "language": fmean(2 <= len(words) <= 5 and set(words) <= LANGUAGE for words in said),
-        "words": fmean(map(len, said)),
-    }
-
-
-@torch.inference_mode()
-def turn_kl(
-    model: PreTrainedModel, base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, sessions: list[Session]
-) -> Iterator[tuple[int, float]]:
-    """The turn of each of the agent's tokens, and KL(base || model) there."""
-    rows = [{"prompt": s.messages[:1], "completion": s.messages[1:], "label": True} for s in sessions]
-    data = tokenize_examples(load_examples(DataSpec(rows=rows)).examples, tokenizer, TokenSettings()).rows
-    enable_scoring(base)
-    enable_scoring(model)
-    collate = Collator(pad_token_id=tokenizer.pad_token_id, paired=False, turns=True)
-    for start in range(0, len(data), 100):
-        batch = collate(data[start : start + 100])
-        whole = base.eval()(**plan_of(batch), statistics=DISTRIBUTION)["distribution"]
-        kl = model.eval()(**plan_of(batch), statistics=("forward_kl",), reference=whole)["forward_kl"]
-        yield from zip(batch["turn"].tolist(), kl.tolist(), strict=True)
+    """The figures of a model on partners that are the same for every way; see `prefopt.world.social_figures`."""
+    return asdict(measure(model, base, tokenizer, size.partners, seed + 7)[0])
 
 
 def write(folder: Path, size: Size) -> None:
@@ -197,10 +166,10 @@ def compare(seeds: int, size: Size, rate: float) -> None:
             base, tokenizer = base_model(seed, size, folder)
             pairs = session_pairs(base, tokenizer, size.pairs, seed=100 + seed)
             print(f"seed {seed}: {len(pairs)} pairs", flush=True)
-            found["base model"].append(measures(base, base, tokenizer, size, seed))
+            found["base model"].append(figures(base, base, tokenizer, size, seed))
             for name, way in WAYS.items():
                 model = trained(base, tokenizer, way, pairs, size, rate, folder)
-                found[name].append(measures(model, base, tokenizer, size, seed))
+                found[name].append(figures(model, base, tokenizer, size, seed))
             out.write_text(json.dumps(found, indent=2))
     show(["", *MEASURES.values()],
          [[name, *(told([run[key] for run in runs]) for key in MEASURES)] for name, runs in found.items()])  # fmt: skip

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from prefopt.data.json_rows import parse_json
+from prefopt.data.judge import BOUNDS, BadBounds
 from prefopt.data.messages import (
     Message,
     check_answer,
@@ -23,7 +23,10 @@ from prefopt.data.messages import (
     split_messages,
     split_text,
 )
-from prefopt.data.problems import BadRow, Flaw, RawRow, Where, kind_of, shown
+from prefopt.data.options import label_of, template_kwargs_of, tools_of, unfinished_of
+from prefopt.data.parting import Parted, cut, first_difference, given_bounds
+from prefopt.data.problems import BadRow, Flaw, RawRow, Where, kind_of
+from prefopt.data.turns import SEGMENTS
 from prefopt.errors import DataError, nearest
 
 Part = str | list[Message]
@@ -42,12 +45,25 @@ class Format:
         """The columns that hold answers."""
         return ("chosen", "rejected") if self.paired else ("completion",)
 
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """The columns that hold texts or messages."""
+        return tuple(name for name in self.columns if name not in ("label", *BOUNDS))
+
+    @property
+    def bounded(self) -> bool:
+        """Whether a row is two whole conversations, to be cut to the segment that its bounds name."""
+        return BOUNDS[0] in self.columns
+
 
 FORMATS = (
     Format("pairs", ("prompt", "chosen", "rejected"), paired=True),
     Format("pairs with the prompt inside the answers", ("chosen", "rejected"), paired=True),
     Format("labelled answers", ("prompt", "completion", "label"), paired=False),
-)
+    Format("whole conversations with the bounds of a segment", ("chosen", "rejected", *BOUNDS), paired=True),
+    Format("conversations after a prompt with the bounds of a segment", ("prompt", "chosen", "rejected", *BOUNDS),
+           paired=True),
+)  # fmt: skip
 NOWHERE = Where("rows", 0)
 MISSPELT = 0.85  # similarity above which an unknown column is taken for a misspelt one; `prompt_id` is below
 
@@ -144,14 +160,16 @@ class RowParser:
 
 
 def find_format(values: dict[str, Any], expected: Format | None = None) -> Format:
-    """The format whose columns the row has. Raises `Flaw` for a missing or misspelt column.
+    """The format, of those whose columns the row has, with most columns. Raises `Flaw` for a missing or misspelt one.
 
     With `expected`, a row that lacks one of its columns is refused for that, even where a shorter format would fit.
     """
     fitting = [format for format in FORMATS if set(format.columns) <= values.keys()]
     if not fitting:
         raise _missing(values, expected or _closest_format(values))
-    format = fitting[0]
+    format = max(fitting, key=lambda format: len(format.columns))
+    if format.paired and len(values.keys() & set(BOUNDS)) == 1:
+        raise _missing(values, next(format for format in FORMATS if format.bounded))
     if expected and set(format.columns) < set(expected.columns):
         raise _missing(values, expected)
     if "prompt" not in format.columns:
@@ -193,11 +211,13 @@ def _misspelt(column: str, values: Iterable[str]) -> str | None:
 
 def parse_row(values: dict[str, Any], format: Format, where: Where) -> Example:
     """The example that the row's values make in this format. Raises `Flaw` at the first broken rule."""
-    parts = {name: _part(name, values[name]) for name in format.columns if name != "label"}
+    parts = {name: _part(name, values[name]) for name in format.parts}
     _check_one_kind(parts)
     if format.paired and parts["chosen"] == parts["rejected"]:
         raise Flaw("identical_pair", "it is the same as `chosen`", "rejected")
-    if "prompt" not in parts:
+    if format.bounded:
+        parts, values = _to_bounds(parts, values)
+    elif "prompt" not in parts:
         parts = _with_prompt(parts)
     prompt = parts["prompt"]
     for name in format.answers:
@@ -207,10 +227,10 @@ def parse_row(values: dict[str, Any], format: Format, where: Where) -> Example:
     chat = isinstance(prompt, list)
     said: dict[str, Any] = {name: parts[name] for name in format.answers}
     if not format.paired:
-        said["desirable"] = _label(values["label"])
-    said["tools"] = _tools(values.get("tools"), chat)
-    said["chat_template_kwargs"] = _template_kwargs(values.get("chat_template_kwargs"), chat)
-    said["unfinished"] = _unfinished(values.get("unfinished"), format)
+        said["desirable"] = label_of(values["label"])
+    said["tools"] = tools_of(values.get("tools"), chat)
+    said["chat_template_kwargs"] = template_kwargs_of(values.get("chat_template_kwargs"), chat)
+    said["unfinished"] = unfinished_of(values.get("unfinished"), format.answers)
     used = {*format.columns, "tools", "chat_template_kwargs", "unfinished"}
     columns = {name: value for name, value in values.items() if name not in used}
     return make_example(prompt, where=where, columns=columns, **said)
@@ -250,42 +270,18 @@ def _with_prompt(parts: dict[str, Part]) -> dict[str, Part]:
     return dict(zip(("prompt", "chosen", "rejected"), split, strict=True))
 
 
-def _label(value: Any) -> bool:
-    if not isinstance(value, (bool, int, float)) or value not in (0, 1):
-        raise Flaw("bad_label", f"the label is {shown(value)}, neither true nor false", "label")
-    return bool(value)
-
-
-def _unfinished(value: Any, format: Format) -> tuple[str, ...]:
-    if value is None:
-        return ()
-    if not isinstance(value, list) or not all(name in format.answers for name in value):
-        names = ", ".join(f"`{name}`" for name in format.answers)
-        raise Flaw("bad_unfinished", f"the value is {shown(value)}, not a list of answers ({names})", "unfinished")
-    return tuple(sorted(set(value)))
-
-
-def _tools(value: Any, chat: bool) -> list[Any] | None:
-    if value is None:
-        return None
-    if isinstance(value, str):
-        try:
-            value = parse_json(value)
-        except Flaw as flaw:
-            raise Flaw("bad_tools", f"the text is not JSON: {flaw.message}", "tools") from None
-    if not isinstance(value, list) or not all(isinstance(tool, dict) for tool in value):
-        raise Flaw("bad_tools", "the value is not a list of objects", "tools")
-    if value and not chat:
-        raise Flaw("bad_tools", "tools go with messages, and this row is text", "tools")
-    return value or None
-
-
-def _template_kwargs(value: Any, chat: bool) -> dict[str, Any]:
-    column = "chat_template_kwargs"
-    if value is None:
-        return {}
-    if not isinstance(value, dict) or not all(isinstance(name, str) for name in value):
-        raise Flaw("bad_template_kwargs", f"the value is {kind_of(value)}, not an object", column)
-    if value and not chat:
-        raise Flaw("bad_template_kwargs", "template arguments go with messages, and this row is text", column)
-    return dict(value)
+def _to_bounds(parts: dict[str, Part], values: dict[str, Any]) -> tuple[dict[str, Part], dict[str, Any]]:
+    """Two whole conversations as a pair cut to its bounds, and the values of the row with its segments."""
+    texts = [name for name, part in parts.items() if isinstance(part, str)]
+    if texts:
+        raise Flaw("wrong_type", f"the value is text; {' and '.join(BOUNDS)} count messages", texts[0])
+    if values.get(SEGMENTS) is not None:
+        raise Flaw("no_segment", f"the row has {' and '.join(BOUNDS)} as well", SEGMENTS)
+    history = parts.pop("prompt", [])
+    chosen, rejected = ([*history, *parts[side]] for side in ("chosen", "rejected"))
+    try:
+        pair = Parted(chosen, rejected, first_difference(chosen, rejected), values)
+        row = cut(pair, *given_bounds(pair))
+    except BadBounds as reason:
+        raise Flaw("no_segment", str(reason), reason.column) from None
+    return {name: row.pop(name) for name in ("prompt", "chosen", "rejected")}, {**values, **row}

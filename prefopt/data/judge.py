@@ -10,16 +10,18 @@ from typing import Any
 from prefopt.data.messages import Message
 from prefopt.data.problems import shown
 
-# The names a judge may use for the two.
-_NAMES = (("start_message", "end_message"), ("start", "end"))
+BOUNDS = ("start_message", "end_message")
+"""Columns with the first and the last message of the segment, counted from 0 in the chosen conversation."""
+
+_NAMES = (BOUNDS, ("start", "end"))  # the names a judge may use for the two
 
 
 class BadBounds(Exception):
-    """No segment can be made of a pair. `kind` is the reason in a word, as reports count it."""
+    """No segment can be made of a pair. `kind` is the reason in a word, as reports count it, `column` where it lies."""
 
-    def __init__(self, kind: str, message: str) -> None:
+    def __init__(self, kind: str, message: str, column: str = "rejected") -> None:
         super().__init__(message)
-        self.kind = kind
+        self.kind, self.column = kind, column
 
 
 def check_bounds(first: Any, last: Any, messages: Sequence[Message], start: int) -> tuple[int, int]:
@@ -27,17 +29,18 @@ def check_bounds(first: Any, last: Any, messages: Sequence[Message], start: int)
 
     Raises `BadBounds` with what is wrong.
     """
-    for name, place in (("start", first), ("end", last)):
+    for column, place in zip(BOUNDS, (first, last), strict=True):
+        name = column.removesuffix("_message")
         if not isinstance(place, int) or isinstance(place, bool):
-            raise BadBounds("bad_bounds", f"the {name} {shown(place)} is not a whole number")
+            raise BadBounds("bad_bounds", f"the {name} {shown(place)} is not a whole number", column)
         if not 0 <= place < len(messages):
-            raise BadBounds("bad_bounds", f"the {name} {place} lies outside the {len(messages)} messages")
+            raise BadBounds("bad_bounds", f"the {name} {place} lies outside the {len(messages)} messages", column)
         if messages[place]["role"] != "assistant":
-            raise BadBounds("bad_bounds", f"the {name} {place} is a message of the {messages[place]['role']}")
+            raise BadBounds("bad_bounds", f"the {name} {place} is a message of the {messages[place]['role']}", column)
     if first < start:
-        raise BadBounds("bad_bounds", f"the start {first} lies before message {start}, where the two part")
+        raise BadBounds("bad_bounds", f"the start {first} lies before message {start}, where the two part", BOUNDS[0])
     if last < first:
-        raise BadBounds("bad_bounds", f"the end {last} lies before the start {first}")
+        raise BadBounds("bad_bounds", f"the end {last} lies before the start {first}", BOUNDS[1])
     return first, last
 
 

@@ -49,6 +49,8 @@ ADVICE = {
     "turn_weights": "Write a number from 0 on for each assistant turn of each answer, or leave the column out.",
     "unequal_turns": "Cut the longer side (`prefopt segments build` does), name as many turns of both in `segments`, "
     "or write allow_unequal_segments: true.",
+    "no_segment": "Both bounds are the assistant's messages of the chosen conversation, counted from 0, from where "
+    "the two part on. Mend the row, or leave such rows out with `on_bad_row: skip`.",
     "same_first_turn": "Move what both answers share into the prompt, up to the turn where they part.",
     "bad_tools": "Write `tools` as a list of objects, or as the JSON text of one, beside messages.",
     "bad_unfinished": "Write the names of the answers that were cut off, such as [rejected], or leave the column out.",

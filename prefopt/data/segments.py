@@ -1,4 +1,4 @@
-"""Whole conversations, two by two -> pairs of segments: where they part, where the segment ends, and what was left out.
+"""Files of whole conversations, two by two -> pairs of segments: where each ends, and what was left out.
 
 A selector says which turns of the better conversation decided it. It may be a rule of this file, columns of the row, or
 a callable of the user's, which may ask a language model; nothing here does.
@@ -15,86 +15,19 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from prefopt.data.judge import BadBounds, check_bounds, parse_bounds
-from prefopt.data.messages import Message, check_messages
+from prefopt.data.judge import BOUNDS, BadBounds, check_bounds, parse_bounds
+from prefopt.data.messages import check_messages
 from prefopt.data.opening import open_source
+from prefopt.data.parting import Parted, Session, cut, first_difference, given_bounds
 from prefopt.data.problems import BadRow, Flaw, Problem, RawRow, Tally, kind_of
 from prefopt.data.spec import DataSpec
 from prefopt.errors import DataError, UserError
 
-Session = list[Message]
-
-BOUNDS = ("start_message", "end_message")
-"""Columns with the first and the last message of the segment, counted from 0 in the chosen conversation."""
-
 RULES = "single_turn, fixed:N, to_end, given, judged:COLUMN or FILE.py:FUNCTION"
-
-
-@dataclass(frozen=True)
-class Parted:
-    """Two whole conversations, as the assistant had them, and `start`, the first message in which they differ.
-
-    `row` holds all columns of the row, for selectors that read them.
-    """
-
-    chosen: Session
-    rejected: Session
-    start: int
-    row: Mapping[str, Any] = field(default_factory=dict)
-
 
 Selector = Callable[[Parted], tuple[int, int]]
 """First and last message of the segment in the chosen conversation, both of the assistant; raises `BadBounds` to drop
 the pair."""
-
-
-# Where two conversations part
-
-
-def first_difference(chosen: Session, rejected: Session) -> int:
-    """Index of the first message that differs. Raises `BadBounds` unless both have an assistant's message there."""
-    shared = 0
-    while shared < min(len(chosen), len(rejected)) and chosen[shared] == rejected[shared]:
-        shared += 1
-    if shared == min(len(chosen), len(rejected)):
-        same = len(chosen) == len(rejected)
-        raise BadBounds(
-            "same" if same else "one_goes_on", "one conversation is the beginning of the other, or all of it"
-        )
-    if any(session[shared]["role"] != "assistant" for session in (chosen, rejected)):
-        raise BadBounds("partner_differs", f"the two part at message {shared}, which is not the assistant's")
-    if shared == 0:
-        raise BadBounds("no_history", "the two differ from their first message on: there is nothing to answer")
-    return shared
-
-
-def cut(pair: Parted, first: int, last: int) -> dict[str, Any]:
-    """The pair as a row: `prompt`, `chosen`, `rejected`, and `segments` for the turns from message `first` to `last`.
-
-    The rejected conversation is cut after as many turns of the assistant as the chosen one has up to `last`, and both
-    after fewer where one of them has no more. Raises `BadBounds` where nothing of the segment is left by that.
-    """
-    chosen, rejected = pair.chosen[pair.start :], pair.rejected[pair.start :]
-    skipped = _turns(pair.chosen[pair.start : first])
-    count = min(_turns(pair.chosen[pair.start : last + 1]), _turns(chosen), _turns(rejected))
-    if count <= skipped:
-        raise BadBounds("too_short", "the rejected conversation ends before the segment begins")
-    turns = list(range(skipped, count))
-    return {
-        "prompt": pair.chosen[: pair.start],
-        "chosen": _up_to_turn(chosen, count),
-        "rejected": _up_to_turn(rejected, count),
-        "segments": {"chosen": turns, "rejected": turns},
-    }
-
-
-def _turns(messages: Session) -> int:
-    return sum(message["role"] == "assistant" for message in messages)
-
-
-def _up_to_turn(messages: Session, count: int) -> Session:
-    places = [place for place, message in enumerate(messages) if message["role"] == "assistant"]
-    return messages[: places[count - 1] + 1]
 
 
 # Selectors
@@ -116,7 +49,7 @@ def selector_of(name: str) -> Selector:
     rules: dict[str, Selector] = {
         "single_turn": partial(_fixed, turns=1),
         "to_end": partial(_fixed, turns=None),
-        "given": _given,
+        "given": given_bounds,
     }
     if name not in rules:
         raise UserError(f"--select {name}: write {RULES}")
@@ -128,13 +61,6 @@ def _fixed(pair: Parted, turns: int | None) -> tuple[int, int]:
         place for place, message in enumerate(pair.chosen) if message["role"] == "assistant" and place >= pair.start
     ]
     return pair.start, places[:turns][-1]
-
-
-def _given(pair: Parted) -> tuple[int, int]:
-    values = [pair.row.get(name) for name in BOUNDS]
-    if any(value is None for value in values):
-        raise BadBounds("no_bounds", f"the row has no {' and '.join(BOUNDS)}")
-    return check_bounds(values[0], values[1], pair.chosen, pair.start)
 
 
 def _judged(pair: Parted, column: str) -> tuple[int, int]:

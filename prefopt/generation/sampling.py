@@ -103,7 +103,7 @@ def plan_draws(encoded: Sequence[list[int]], sampling: Sampling) -> list[Draw]:
     draws, numbers = [], Counter[tuple[int, ...]]()
     for index, ids in enumerate(encoded):
         for _ in range(sampling.samples_per_prompt):
-            draws.append(Draw(index, ids, _seed_of(sampling.seed, numbers[tuple(ids)], ids)))
+            draws.append(Draw(index, ids, draw_seed(sampling.seed, numbers[tuple(ids)], ids)))
             numbers[tuple(ids)] += 1
     return draws
 
@@ -176,7 +176,8 @@ class DrawTokens(LogitsProcessor):
         return torch.full_like(scores, -torch.inf).scatter_(-1, token.clamp_(max=scores.shape[-1] - 1), 0.0)
 
 
-def _seed_of(seed: int, number: int, ids: Sequence[int]) -> int:
+def draw_seed(seed: int, number: int, ids: Sequence[int]) -> int:
+    """The seed of the random numbers of one answer: the one of this number among those to the prompt `ids`."""
     digest = hashlib.sha256(f"{seed} {number} {' '.join(map(str, ids))}".encode()).digest()
     return int.from_bytes(digest[:7], "big")
 

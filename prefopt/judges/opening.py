@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,7 +12,7 @@ from prefopt.judges.command import CommandJudge, permitted
 from prefopt.judges.endpoint import EndpointJudge
 from prefopt.judges.function import FunctionJudge
 from prefopt.judges.reward import RewardJudge
-from prefopt.losses.plugins import plugin_function
+from prefopt.losses.plugins import function_hash
 
 _KINDS: dict[str, tuple[type, tuple[str, ...]]] = {
     "function": (FunctionJudge, ()),
@@ -64,8 +62,7 @@ def judge_facts(block: Mapping[str, Any]) -> dict[str, Any]:
         return {"judge": dict(block), "model": sampled(model)}
     if "function" not in block:
         return {"judge": dict(block)}
-    file = sys.modules[plugin_function(str(block["function"])).__module__].__file__
-    return {"judge": dict(block), "file": hashlib.sha256(Path(str(file)).read_bytes()).hexdigest()}
+    return {"judge": dict(block), "file": function_hash(str(block["function"]))}
 
 
 def open_judge(block: Mapping[str, Any]) -> Judge:

@@ -1,6 +1,6 @@
 """A loss from a user's own file, `--plugin my_loss.py`: from then on it is a loss like any other.
 
-A file may also hold functions that a recipe names, such as a judge of answers.
+A file may also hold functions that a recipe names, such as a judge of answers, or an environment.
 """
 
 from __future__ import annotations
@@ -12,10 +12,11 @@ import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
+from types import FunctionType, ModuleType
 from typing import Any, cast
 
 from prefopt.errors import UserError
+from prefopt.losses.base import Loss
 from prefopt.losses.registry import forget, registered_by
 
 _PREFIX = "prefopt_plugin_"
@@ -25,7 +26,7 @@ def load_plugin(path: str | os.PathLike[str]) -> list[str]:
     """Run a Python file and give the names of the losses it registered.
 
     Loading the same file again replaces its losses. `UserError` when the file is missing, does not run, or registers
-    nothing; a file without any class may hold functions alone.
+    nothing; a file without a loss may hold functions alone.
     """
     file = Path(path).expanduser().resolve()
     if not file.is_file():
@@ -59,12 +60,19 @@ def plugin_function(name: str) -> Callable[..., Any]:
     raise UserError(f"`{name}`: a recipe alone never imports code. Add --plugin {file or 'FILE.py'} to the command")
 
 
+def function_hash(name: str) -> str:
+    """SHA-256 (hex) of the file that a plugin's function comes from. Raises `UserError` where no plugin has it."""
+    file = sys.modules[plugin_function(name).__module__].__file__
+    return hashlib.sha256(Path(str(file)).read_bytes()).hexdigest()
+
+
 def _functions(module: ModuleType) -> list[str]:
-    """Public functions of a module without a class: with one, a loss was meant and left unregistered."""
+    """Public functions of a module without a loss: one that is there was meant and left unregistered."""
     own = [value for value in vars(module).values() if getattr(value, "__module__", None) == module.__name__]
-    if any(isinstance(value, type) for value in own):
+    classes = [value for value in own if isinstance(value, type)]
+    if any(issubclass(kind, Loss) for kind in classes):
         return []
-    return [value.__name__ for value in own if callable(value) and not value.__name__.startswith("_")]
+    return [value.__name__ for value in own if isinstance(value, FunctionType) and not value.__name__.startswith("_")]
 
 
 def _module(file: Path) -> ModuleType:

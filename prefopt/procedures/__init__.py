@@ -1,6 +1,6 @@
 """Procedures: plans of stages, and the runner that carries them out."""
 
-from prefopt.procedures import online, single, small_world, spin, stepwise
+from prefopt.procedures import online, single, small_world, social_world, spin, stepwise
 from prefopt.procedures.runner import run_plan
 from prefopt.procedures.stage import MakeStage, Stage, TrainStage, make_plan, procedures
 
@@ -14,6 +14,7 @@ __all__ = [
     "run_plan",
     "single",
     "small_world",
+    "social_world",
     "spin",
     "stepwise",
 ]

@@ -18,7 +18,6 @@ from prefopt.data.tokenization import TokenSettings, tokenize_examples
 from prefopt.errors import UserError
 from prefopt.evaluation import evaluate_model
 from prefopt.generation import Sampling, generate_to_disk
-from prefopt.generation.shards import model_of
 from prefopt.models import load_model, quantization_config
 from prefopt.procedures.pairing import (
     FIGURES,
@@ -114,11 +113,11 @@ def write_data(recipe: Recipe, folder: Path, settings: RoundSettings, *, answers
     rules = {name: recipe.training[name] for name in BAD_ROWS if name in recipe.training}
     train, test = load_train_test(recipe.data_spec(), supervised=answers, prompts_only=not answers, **rules)
     say(*(f"data: {line}" for line in train.report.lines()))
-    parts = {TRAIN: _drawn(train.examples, settings.prompts, seed_of(recipe))}
+    parts = {TRAIN: drawn(train.examples, settings.prompts, seed_of(recipe))}
     if "start" in recipe.procedure:
         parts[SUPERVISED] = train.examples
     if test is not None:
-        parts[TEST] = _drawn(test.examples, settings.eval_prompts, seed_of(recipe))
+        parts[TEST] = drawn(test.examples, settings.eval_prompts, seed_of(recipe))
     for name, examples in parts.items():
         write_rows(folder / name, map(answer_row if answers else prompt_row, examples))
     return {name: len(examples) for name, examples in parts.items()}
@@ -138,7 +137,7 @@ def sample_answers(
     Returns figures for both, also written to `folder/figures.json`: how many answers, the share cut off, mean length in
     tokens, and where the data has answers of its own, their mean log-likelihood and length.
     """
-    tokenizer, model = open_tokenizer(recipe), _open_model(recipe)
+    tokenizer, model = open_tokenizer(recipe), open_model(recipe)
     files = {HELD_OUT: data / TEST, **({OWN: data / TRAIN} if train else {})}
     examples = {name: read_data(file) for name, file in files.items() if file.is_file()}
     with opened_vllm(recipe, settings, model, tokenizer, folder) as vllm:
@@ -167,7 +166,7 @@ def sample_answers(
 
 def report(recipe: Recipe, settings: RoundSettings, folder: Path, title: str) -> list[dict[str, Any]]:
     """Lay the models of all rounds side by side in the run's report, and on the screen; their figures."""
-    rows = [_figures_of(recipe, settings, number) for number in range(settings.rounds + 1)]
+    rows = [figures_of_round(recipe, settings, number) for number in range(settings.rounds + 1)]
     rows = [row for row in rows if len(row) > 1]
     write_whole(folder / "rounds.json", json.dumps(rows, indent=1) + "\n")
     table = write_rounds(Path(recipe.output_dir), rows, COLUMNS, PANELS, NOTE)
@@ -175,7 +174,7 @@ def report(recipe: Recipe, settings: RoundSettings, folder: Path, title: str) ->
     return rows
 
 
-def _figures_of(recipe: Recipe, settings: RoundSettings, number: int) -> dict[str, Any]:
+def figures_of_round(recipe: Recipe, settings: RoundSettings, number: int) -> dict[str, Any]:
     """The figures of one model by flat names: of its answers, and of the training that made it."""
     row: dict[str, Any] = {"round": number}
     for file in sorted(round_folder(recipe, number).glob(f"*/{FIGURES}")):
@@ -190,19 +189,20 @@ def _figures_of(recipe: Recipe, settings: RoundSettings, number: int) -> dict[st
     return row
 
 
-def check_opponent(answers: Path, trained: Path) -> None:
+def check_opponent(model: str, answers: Path, trained: Path) -> None:
     """Raise `UserError` unless the reference of a round is the model that made the answers it was trained against.
 
-    A loss that reads no reference leaves no record of one.
+    `model` is the SHA-256 of its weights. A loss that reads no reference leaves no record of one.
     """
     reference = recorded_weights(trained)
-    if reference is not None and reference != model_of(answers):
+    if reference is not None and reference != model:
         raise UserError(
             f"{trained}: its reference is not the model that made the answers in {answers}. Delete both, and run again"
         )
 
 
-def _open_model(recipe: Recipe) -> Any:
+def open_model(recipe: Recipe) -> Any:
+    """The model that a recipe starts from, for inference."""
     section = recipe.model
     return load_model(
         str(section.model_name_or_path),
@@ -239,7 +239,8 @@ def _real(recipe: Recipe, model: Any, tokenizer: Any, examples: Sequence[Example
     }
 
 
-def _drawn(examples: Sequence[Example], most: int | None, seed: int) -> list[Example]:
+def drawn(examples: Sequence[Example], most: int | None, seed: int) -> list[Example]:
+    """At most so many of the examples, in their order; all where `most` is None."""
     if most is None or most >= len(examples):
         return list(examples)
     return [examples[index] for index in sorted(random.Random(seed).sample(range(len(examples)), most))]

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from prefopt.console import say
 from prefopt.errors import RecipeError, UserError
 from prefopt.judges import check_judge, judge_facts, refuse_unready
+from prefopt.procedures.exploring import exploring
 from prefopt.procedures.inputs import sha256_of
 from prefopt.procedures.pairing import TEST, TRAIN, read_data, write_rows
 from prefopt.procedures.round_stages import answers_stage, data_stage, report_stage
@@ -72,6 +73,8 @@ def online(recipe: Recipe) -> Sequence[Stage]:
     The data are prompts; answers in their rows are not read. The stages of round t are `answers-t`, `judged-t`,
     `pairs-t` and `train-t`; after the last one the final model answers and is judged, and all is reported.
     """
+    if "environment" in recipe.procedure:
+        return exploring(recipe)
     settings = read_settings(OnlineSettings, recipe)
     refuse_other_reference(recipe)
     refuse_no_data(recipe)

@@ -27,6 +27,7 @@ def read_data(path: Path) -> list[Example]:
             tools=row.get("tools"),
             chat_template_kwargs=row.get("chat_template_kwargs") or {},
             unfinished=tuple(row.get("unfinished", ())),
+            columns=row.get("columns") or {},
             where=Where(str(path), number, number + 1),
         )
         for number, row in enumerate(rows)

@@ -55,11 +55,12 @@ def answers_stage(recipe: Recipe, data: Path, settings: RoundSettings, number: i
     own, folder = start_recipe(recipe, number, settings.rounds), answers_folder(recipe, number)
 
     def make() -> Any:
+        from prefopt.generation.shards import model_of
         from prefopt.procedures.answers import check_opponent, sample_answers, seed_of
 
         if number:
             before = answers_folder(recipe, number - 1) / OWN
-            check_opponent(before, model_folder(recipe, number - 1, settings.rounds))
+            check_opponent(model_of(before), before, model_folder(recipe, number - 1, settings.rounds))
         release_memory()  # of the training before
         sampling = settings.sampling(number, seed_of(recipe))
         figures = sample_answers(own, data, folder, sampling, settings, train=number < settings.rounds)

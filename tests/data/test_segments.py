@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from typing import Any
 
@@ -10,7 +11,8 @@ import pytest
 from prefopt import cli
 from prefopt.data import DataSpec, load_examples
 from prefopt.data.judge import BadBounds, check_bounds, parse_bounds
-from prefopt.data.segments import Parted, build_segments, cut, first_difference, selector_of
+from prefopt.data.parting import Parted, cut, first_difference
+from prefopt.data.segments import build_segments, selector_of
 from prefopt.errors import DataError, UserError
 
 SPEAKERS = {"u": "user", "a": "assistant", "t": "tool", "s": "system"}
@@ -242,3 +244,66 @@ def test_the_command(tmp_path, capsys):
     assert cli.main(["segments", "build", str(file), "--select", "given", "--out", str(out)]) == 2
     assert "no_bounds: 1" in capsys.readouterr().err
     assert json.loads(out.read_text()) == row  # what was there is left
+
+
+# ---- read without being built ---------------------------------------------------------------------------------------
+
+TURNS = {"optional_columns": ("segments", "turn_weights"), "paired": True}
+BOUNDED = {"chosen": WON, "rejected": LOST, "start_message": 4, "end_message": 6}
+
+
+def read(*rows: dict[str, Any], **rules: Any):
+    return load_examples(DataSpec(rows=list(rows)), **TURNS, **rules)
+
+
+def test_whole_conversations_with_bounds_are_read_as_the_rows_that_are_built_of_them():
+    later = {**BOUNDED, "start_message": 6, "end_message": 8}
+    for row in (BOUNDED, later, {**BOUNDED, "prompt": WON[:2], "chosen": WON[2:], "rejected": LOST[2:], "topic": "x"}):
+        built, _ = build_segments(DataSpec(rows=[row]), selector_of("given"))
+        direct, made = read(row).examples[0], read(*built).examples[0]
+        assert direct == dataclasses.replace(made, where=direct.where)
+        assert len(direct.columns["segments"]["chosen"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("change", "column", "message"),
+    [
+        ({"start_message": 2}, "start_message", "start 2 lies before message 4, where the two part"),
+        ({"end_message": 7}, "end_message", "end 7 is a message of the user"),
+        ({"end_message": 10}, "end_message", "end 10 lies outside the 10 messages"),
+        ({"start_message": 6, "end_message": 4}, "end_message", "end 4 lies before the start 6"),
+        ({"end_message": None}, "end_message", "the row has no start_message and end_message"),
+        ({"rejected": said("s0 u1 a1 uv2 ab2")}, "rejected", "the two part at message 3, which is not the assistant's"),
+        ({"rejected": WON[:5]}, "rejected", "one conversation is the beginning of the other"),
+        ({"rejected": said("s0 u1 a1 u2 ab2"), "start_message": 6}, "rejected", "ends before the segment begins"),
+        ({"rejected": WON}, "rejected", "the same as `chosen`"),
+        ({"segments": 1}, "segments", "the row has start_message and end_message as well"),
+        ({"chosen": "u1 a1", "rejected": "u1 a2"}, "chosen", "start_message and end_message count messages"),
+    ],
+)
+def test_what_cannot_be_cut_is_refused_with_row_and_column(change, column, message):
+    with pytest.raises(DataError, match=rf"rows, row 1: column `{column}`: .*{message}"):
+        read(BOUNDED, {**BOUNDED, **change})
+    report = read(BOUNDED, {**BOUNDED, **change}, on_bad_row="skip").report
+    assert report.bad_rows == 1
+
+
+def test_one_bound_alone_is_not_passed_over():
+    row = {name: value for name, value in BOUNDED.items() if name != "end_message"}
+    with pytest.raises(DataError, match="column `end_message`: the column is missing"):
+        read(row)
+    with pytest.raises(DataError, match="Did you mean `end_message`"):
+        read({**row, "end_mesage": 6})
+
+
+def test_rows_with_bounds_and_rows_without_are_not_mixed():
+    with pytest.raises(DataError, match="column `start_message`: the column is missing"):
+        read(BOUNDED, {"chosen": WON, "rejected": LOST})
+
+
+def test_a_turn_that_was_not_the_last_one_was_not_cut_off():
+    """What is left after the cut ended by itself."""
+    row = {**BOUNDED, "chosen": WON[:-1], "unfinished": ["chosen"]}
+    assert read(row).examples[0].unfinished == ()
+    (whole,) = read({**row, "rejected": LOST[:-1], "end_message": 8}).examples
+    assert whole.unfinished == ("chosen",)

@@ -81,9 +81,9 @@ def test_a_function_that_gives_no_number_is_named(tmp_path, body):
         open_judge({"function": f"{file.name}:score"}).scores("p", ANSWERS)
 
 
-def test_a_class_that_was_not_registered_is_still_a_mistake(tmp_path):
+def test_a_loss_that_was_not_registered_is_still_a_mistake(tmp_path):
     file = tmp_path / "forgot.py"
-    file.write_text("class MyLoss:\n    pass\ndef helper():\n    pass\n")
+    file.write_text("from prefopt.losses import Loss\nclass MyLoss(Loss):\n    pass\ndef helper():\n    pass\n")
     with pytest.raises(UserError, match="registers no loss"):
         load_plugin(file)
 

@@ -6,6 +6,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from prefopt.models import load_model
 from prefopt.procedures import make_plan, run_plan
 from prefopt.recipe import Recipe, load_recipe
 from tests.helpers import make_model, make_tokenizer, text_pairs
@@ -46,6 +49,17 @@ def prepare(folder: Path, *, chat: bool = False) -> Path:
     file = folder / "recipe.yaml"
     file.write_text(RECIPE.format(folder=folder))
     return file
+
+
+def ends_often(model_folder: Path) -> None:
+    """Make the end marker of a model likely, so that answers end before the limit."""
+    model = load_model(str(model_folder))
+    with torch.no_grad():
+        model.lm_head.weight.mul_(0.2)
+        model.model.norm.weight.fill_(1.0)
+        model.model.embed_tokens.weight[:, 0] = 3.0
+        model.lm_head.weight[2, 0] = 0.7
+    model.save_pretrained(model_folder)
 
 
 def _row(row: dict[str, Any], chat: bool) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from prefopt.losses import load_plugin
 from prefopt.procedures import TrainStage, judging, make_plan, run_plan
 from prefopt.recipe import load_recipe
 from tests.helpers import text_pairs
-from tests.procedures.spinning import prepare, rows_of
+from tests.procedures.spinning import ends_often, prepare, rows_of
 
 JUDGE = "def length(prompt, answer):\n    return len(answer) % 7\n"
 BLOCK = """{{name: online, rounds: 2, samples_per_prompt: 3, learning_rate: 1e-2, num_train_epochs: 1,
@@ -33,7 +33,7 @@ def no_plots(monkeypatch):
 def recipe_in(folder, *, judge: str = "{function: my_judge.py:length}", more: str = "", **changes):
     """A recipe over rows that are prompts alone, and a tiny model whose answers end often."""
     file = prepare(folder)
-    _ends_often(folder / "tiny")
+    ends_often(folder / "tiny")
     for name, count, seed in (("answers", 10, 0), ("held_out", 4, 1)):
         rows = [{"prompt": row["prompt"]} for row in text_pairs(count, seed=seed)]
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -42,19 +42,6 @@ def recipe_in(folder, *, judge: str = "{function: my_judge.py:length}", more: st
     block = " ".join(BLOCK.format(judge=judge, more=more).split())
     options = [f"--{name}={value}" for name, value in changes.items()]
     return load_recipe(file, ["--procedure", block, *options])
-
-
-def _ends_often(model_folder):
-    """Make the end marker likely, so that answers end before the limit."""
-    from prefopt.models import load_model
-
-    model = load_model(str(model_folder))
-    with torch.no_grad():
-        model.lm_head.weight.mul_(0.2)
-        model.model.norm.weight.fill_(1.0)
-        model.model.embed_tokens.weight[:, 0] = 3.0
-        model.lm_head.weight[2, 0] = 0.7
-    model.save_pretrained(model_folder)
 
 
 @pytest.fixture(scope="module")

@@ -70,7 +70,7 @@ def test_mistakes_are_refused_before_anything_runs(tmp_path, block, message):
 
 
 def test_known_procedures():
-    assert procedures() == ["online", "single", "small_world", "spin", "stepwise"]
+    assert procedures() == ["online", "single", "small_world", "social_world", "spin", "stepwise"]
 
 
 def test_an_adapter_on_random_weights_needs_a_start(tmp_path):

@@ -8,7 +8,7 @@ talk, which the partner answers whatever it was.
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,6 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from prefopt.generation import generate
 
 TURNS, KEY = 6, 2
+DECIDING = (KEY, KEY + 1)
 ACTS = {"angry": "apologise", "curious": "explain", "rushed": "summarise", "shy": "encourage"}
 ANSWERS = {"price": "discount", "colour": "samples", "safety": "certificate", "delivery": "courier"}
 TOPICS = "weather football music garden traffic holidays cinema cooking".split()
@@ -41,6 +42,17 @@ class Session:
         session = cls(rng.choice(list(ACTS)), rng.choice(list(ANSWERS)), rng.choices(TOPICS, k=TURNS))
         session.partner_speaks()
         return session
+
+    @classmethod
+    def of_task(cls, task: Mapping[str, Any]) -> Session:
+        """The partner of a row of `task`, which has spoken first: an environment's episode."""
+        return cls(task["mood"], task["reason"], list(task["topics"]), [dict(message) for message in task["prompt"]])
+
+    @property
+    def task(self) -> dict[str, Any]:
+        """A finished conversation as a row: what the partner is and opens with, what followed, and what it earned."""
+        partner = {"mood": self.mood, "reason": self.reason, "topics": self.topics}
+        return {"prompt": self.messages[:1], "completion": self.messages[1:], "reward": self.reward, **partner}
 
     @property
     def turn(self) -> int:
@@ -70,8 +82,23 @@ class Session:
 
     def error(self) -> int | None:
         """The first turn with a wrong act; None for a sale."""
-        turns = (KEY, KEY + 1)
-        return next((turn for turn in turns if self.said(turn).split()[:1] != [self.wanted(turn)]), None)
+        acts = {turn: self.said(turn).split()[:1] if turn < self.turn else [] for turn in DECIDING}
+        return next((turn for turn, act in acts.items() if act != [self.wanted(turn)]), None)
+
+    @property
+    def sold(self) -> bool:
+        """Whether the conversation led to a sale."""
+        return self.error() is None
+
+    @property
+    def reward(self) -> float:
+        """1 for a sale, else 0."""
+        return float(self.sold)
+
+    def step(self, text: str) -> Message | None:
+        """The agent's turn; what the partner answers, or None after the last one."""
+        self.agent_speaks(text)
+        return self.messages[-1] if self.messages[-1]["role"] == "user" else None
 
     def before(self, turn: int) -> Session:
         """The same partner and history, up to the agent's turn of this number."""
