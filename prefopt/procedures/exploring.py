@@ -79,6 +79,8 @@ def exploring(recipe: Recipe) -> Sequence[Stage]:
     """
     settings = read_settings(ExploringSettings, recipe, besides=("start",))
     refuse_other_reference(recipe)
+    if settings.use_vllm:
+        raise RecipeError("procedure.use_vllm: has no effect in an environment, whose turns transformers samples.")
     if recipe.model.from_scratch is not None and "start" not in recipe.procedure:
         raise RecipeError("procedure.start: is missing. Random weights cannot act yet. Write start: {...}.")
     if not recipe.objective().paired_required:
