@@ -9,30 +9,60 @@ from typing import TYPE_CHECKING, Any
 from accelerate.utils import release_memory
 
 from prefopt.console import say
+from prefopt.errors import RecipeError
+from prefopt.generation.shards import MANIFEST
+from prefopt.judges import judge_facts, refuse_unready
 from prefopt.procedures.inputs import sampled, sha256_of
 from prefopt.procedures.pairing import SUPERVISED, TEST
 from prefopt.procedures.rounds import (
+    HELD_OUT,
     LENGTHS,
     OWN,
     RoundSettings,
     answers_folder,
     data_from,
     model_folder,
+    refuse_no_data,
+    refuse_unmeasured,
+    round_folder,
     start_recipe,
 )
 from prefopt.procedures.single import with_start
+from prefopt.procedures.small_world import Surroundings, with_texts
 from prefopt.procedures.stage import MakeStage, Stage
+from prefopt.ranks import on_main
 
 if TYPE_CHECKING:
     from prefopt.recipe import Recipe
 
 
+def surroundings(recipe: Recipe, settings: RoundSettings) -> Surroundings:
+    """What stands around the rounds: the small world where the recipe has one, or nothing.
+
+    Raises `RecipeError` for a recipe whose rounds would have nothing to begin with.
+    """
+    if recipe.model.from_scratch is not None and "start" not in recipe.procedure:
+        raise RecipeError("procedure.start: is missing. Random weights have no answers yet. Write start: {...}.")
+    if "world" in recipe.procedure:
+        around = with_texts(recipe, max_new_tokens=settings.max_new_tokens)
+    else:
+        refuse_no_data(recipe)
+        around = Surroundings([], recipe, [])
+    refuse_unmeasured(around.recipe, settings)
+    return around
+
+
 def data_stage(recipe: Recipe, data: Path, settings: RoundSettings, *, answers: bool) -> MakeStage:
-    """The stage that writes the prompts of the recipe's data, with their `answers` or alone."""
+    """The stage that writes the prompts of the recipe's data, with their `answers` or alone.
+
+    It first refuses a judge that could not be opened after all the sampling.
+    """
 
     def make() -> Any:
         from prefopt.procedures.answers import write_data
 
+        for block in settings.judges:
+            refuse_unready(block)
         counts = write_data(recipe, data, settings, answers=answers)
         say("data: " + ", ".join(f"{count:,} rows in {data / name}" for name, count in counts.items()))
         return counts
@@ -75,6 +105,31 @@ def answers_stage(recipe: Recipe, data: Path, settings: RoundSettings, number: i
 
     facts = {**_read_by_answers(own), **asdict(settings.sampling(number, 0)), "seed": recipe.training.get("seed")}
     return MakeStage(f"answers-{number}", folder, make, facts, on_every_rank=True, inputs=inputs)
+
+
+def measured_stages(recipe: Recipe, settings: RoundSettings, number: int) -> list[MakeStage]:
+    """The stage in which `measure` judges answers to held-out prompts, cut-off ones too; none without `measure`."""
+    answers, folder = answers_folder(recipe, number) / HELD_OUT, round_folder(recipe, number) / "measured"
+
+    def make() -> Any:
+        from prefopt.procedures.judging import judge_answers
+        from prefopt.procedures.pairing import write_figures
+
+        judged = {
+            name: judge_answers(block, answers, folder / name, cut_off=True) for name, block in settings.measure.items()
+        }
+        figures = {name: found["score"] for name, found in judged.items() if "score" in found}
+        on_main(lambda: write_figures(folder, {"measured": figures}))
+        say("measured: " + ", ".join(f"{name} {value:.4g}" for name, value in figures.items()))
+        return figures
+
+    def inputs() -> dict[str, Any]:
+        judges = {name: judge_facts(block) for name, block in settings.measure.items()}
+        return {"judges": judges, "answers": sha256_of(answers / MANIFEST)}
+
+    if not settings.measure:
+        return []
+    return [MakeStage(f"measured-{number}", folder, make, {}, on_every_rank=True, inputs=inputs)]
 
 
 def _read_by_answers(recipe: Recipe) -> dict[str, Any]:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from prefopt.errors import RecipeError
 from prefopt.generation.sampling import Sampling
+from prefopt.judges import check_judge
 from prefopt.losses import get
 from prefopt.losses.knobs import knobs_of
 from prefopt.procedures.stage import refuse_unknown
@@ -32,7 +33,8 @@ class RoundSettings:
 
     `prompts`: how many of the data are used, all when None; `eval_prompts`: how many of the held-out ones answers are
     measured on. The next five say how answers are drawn. `beta`, `learning_rate` and `num_train_epochs` hold a value
-    for each round; the last one goes on.
+    for each round; the last one goes on. `measure`: judges by names of yours, `{kindness: {function: ...}}`; their mean
+    scores of the answers to held-out prompts are figures of each round, and nothing is trained on them.
     """
 
     rounds: int = 3
@@ -46,6 +48,7 @@ class RoundSettings:
     beta: tuple[float, ...] = ()
     learning_rate: tuple[float, ...] = ()
     num_train_epochs: tuple[float, ...] = ()
+    measure: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name in ("rounds", "prompts", "eval_prompts", "max_new_tokens", "generation_batch_size", "shard_size"):
@@ -58,6 +61,15 @@ class RoundSettings:
             raise RecipeError("procedure.temperature: must be above 0, or the rounds would sample nothing.")
         if not 0 < self.top_p <= 1:
             raise RecipeError("procedure.top_p: must be above 0 and at most 1.")
+        if not isinstance(self.measure, dict) or not all(str(name).isidentifier() for name in self.measure):
+            raise RecipeError("procedure.measure: must be judges by name. Write measure: {kindness: {function: ...}}.")
+        for name, block in self.measure.items():
+            check_judge(block, f"measure.{name}")
+
+    @property
+    def judges(self) -> list[dict[str, Any]]:
+        """The blocks of all judges that a run opens."""
+        return list(self.measure.values())
 
     @property
     def samples(self) -> int:
@@ -150,6 +162,12 @@ def refuse_other_reference(recipe: Recipe) -> None:
         raise RecipeError(
             "reference.model: the reference of each round is the model that the round starts from. Remove it."
         )
+
+
+def refuse_unmeasured(recipe: Recipe, settings: RoundSettings) -> None:
+    """Raise `RecipeError` for something to measure and no held-out prompts to measure it on."""
+    if settings.measure and not recipe.evaluates:
+        raise RecipeError("procedure.measure: needs held-out rows. Write test_split_size: 200, or name a test file.")
 
 
 def refuse_no_data(recipe: Recipe) -> None:
