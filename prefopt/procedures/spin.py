@@ -57,6 +57,7 @@ PAPER: dict[str, Any] = {
     "num_train_epochs": (2.0,),
 }
 CONTRACTS_ABOVE = 0.5
+_WHY_NONE = "every answer of the model is blank or no text, or the data's own"
 MANY_EPOCHS = 5  # passes over the same pairs from which on a round is taken to be trained to convergence
 
 
@@ -139,12 +140,17 @@ def make_pairs(recipe: Recipe, data: Path, folder: Path, settings: SpinSettings,
         counts["of earlier rounds"] += len(made) if source < number else 0
         rows += made
     if not rows:
-        raise UserError(f"round {number}: no pair could be made: the answers of the model are empty, or the data's own")
+        raise UserError(
+            f"round {number}: no pair could be made: {_WHY_NONE}. Look at them in {answers_folder(recipe, number)}"
+        )
     write_rows(folder / PAIRS, rows)
     counts["pairs"] = len(rows)
     if (data / TEST).is_file():
         records = read_generations(answers_folder(recipe, number) / HELD_OUT)
-        write_rows(folder / TEST_PAIRS, _pairs(read_data(data / TEST), records, number, settings, Counter()))
+        held_out = _pairs(read_data(data / TEST), records, number, settings, Counter())
+        if not held_out:
+            raise UserError(f"round {number}: no held-out pair could be made: {_WHY_NONE}. Raise eval_prompts")
+        write_rows(folder / TEST_PAIRS, held_out)
     say(f"round {number}: " + ", ".join(f"{count:,} {name}" for name, count in counts.items() if count))
     write_rows(folder / "counts.json", [dict(counts)])
     return dict(counts)
