@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from prefopt.judges.endpoint import EndpointJudge
 from prefopt.judges.function import FunctionJudge
 from prefopt.judges.reward import RewardJudge
 from prefopt.judges.world import FIGURES, WorldJudge
-from prefopt.losses.plugins import plugin_function
+from prefopt.losses.plugins import function_file
 
 _KINDS: dict[str, tuple[type, tuple[str, ...]]] = {
     "function": (FunctionJudge, ()),
@@ -72,8 +71,8 @@ def judge_facts(block: Mapping[str, Any]) -> dict[str, Any]:
         return {"judge": dict(block), "model": sampled(model)}
     if "function" not in block:
         return {"judge": dict(block)}
-    file = sys.modules[plugin_function(str(block["function"])).__module__].__file__
-    return {"judge": dict(block), "file": hashlib.sha256(Path(str(file)).read_bytes()).hexdigest()}
+    file = function_file(str(block["function"]))
+    return {"judge": dict(block), "file": hashlib.sha256(file.read_bytes()).hexdigest()}
 
 
 def open_judge(block: Mapping[str, Any]) -> Judge:

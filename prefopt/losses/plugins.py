@@ -59,6 +59,11 @@ def plugin_function(name: str) -> Callable[..., Any]:
     raise UserError(f"`{name}`: a recipe alone never imports code. Add --plugin {file or 'FILE.py'} to the command")
 
 
+def function_file(name: str) -> Path:
+    """The file of a function `rules.py:kindness`. Raises `UserError` as `plugin_function` does."""
+    return Path(str(sys.modules[plugin_function(name).__module__].__file__))
+
+
 def _functions(module: ModuleType) -> list[str]:
     """Public functions of a module without a class: with one, a loss was meant and left unregistered."""
     own = [value for value in vars(module).values() if getattr(value, "__module__", None) == module.__name__]

@@ -20,7 +20,7 @@ from prefopt.generation import read_generations
 from prefopt.generation.shards import content_of
 from prefopt.judges import Judge, judge_facts, open_judge
 from prefopt.procedures.pairing import as_answer, pair_row, usable, write_rows
-from prefopt.ranks import on_main
+from prefopt.ranks import on_main, wait_for_files
 from prefopt.reference.hashing import hash_json
 
 SCORES = "scores.jsonl"
@@ -47,7 +47,7 @@ def judge_answers(block: Mapping[str, Any], answers: Path, folder: Path, *, cut_
         missing = on_main(lambda: [path for path in chunks if not path.is_file()])
         own = {path: chunks[path] for path in missing[state.process_index :: state.num_processes]}
         _judge_chunks(block, own, by, cut_off=cut_off)
-        state.wait_for_everyone()
+        wait_for_files(chunks)
         on_main(lambda: _together(list(chunks), folder / SCORES))
     return on_main(lambda: _figures(folder / SCORES))
 

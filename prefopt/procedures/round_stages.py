@@ -11,8 +11,9 @@ from accelerate.utils import release_memory
 from prefopt.console import say
 from prefopt.errors import RecipeError
 from prefopt.generation.shards import MANIFEST
+from prefopt.hub.pushes import push_again
 from prefopt.judges import judge_facts, refuse_unready
-from prefopt.procedures.inputs import sampled, sha256_of
+from prefopt.procedures.inputs import keep_plugins, sampled, sha256_of
 from prefopt.procedures.pairing import SUPERVISED, TEST
 from prefopt.procedures.rounds import (
     HELD_OUT,
@@ -63,6 +64,7 @@ def data_stage(recipe: Recipe, data: Path, settings: RoundSettings, *, answers: 
 
         for block in settings.judges:
             refuse_unready(block)
+        keep_plugins(recipe, [block["function"] for block in settings.judges if "function" in block])
         counts = write_data(recipe, data, settings, answers=answers)
         say("data: " + ", ".join(f"{count:,} rows in {data / name}" for name, count in counts.items()))
         return counts
@@ -148,7 +150,9 @@ def report_stage(recipe: Recipe, settings: RoundSettings, title: str) -> MakeSta
         from prefopt.procedures.answers import report
 
         recipe.dump(folder / "recipe.yaml")  # that of the run folder is the last round's alone
-        return report(recipe, settings, folder, title)
+        rows = report(recipe, settings, folder, title)
+        push_again(Path(recipe.output_dir), recipe.training)
+        return rows
 
     return MakeStage("report", folder, make, {"rounds": settings.rounds})
 
