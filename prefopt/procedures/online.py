@@ -92,7 +92,11 @@ def online(recipe: Recipe) -> Sequence[Stage]:
         stages += [
             *_judged_answers(first, data, settings, number),
             _pairs_stage(first, data, settings, number),
-            TrainStage(f"train-{number}", round_recipe(first, settings, number, has_test=first.evaluates)),
+            TrainStage(
+                f"train-{number}",
+                round_recipe(first, settings, number, has_test=first.evaluates),
+                most_rows=settings.prompts,
+            ),
         ]
     if first.evaluates:
         stages += _judged_answers(first, data, settings, settings.rounds)
@@ -126,7 +130,10 @@ def _judged_stage(recipe: Recipe, settings: OnlineSettings, number: int) -> Make
         manifests = sorted(answers.glob("*/manifest.json"))
         return {**judge_facts(settings.judge), "answers": {path.parent.name: sha256_of(path) for path in manifests}}
 
-    return MakeStage(f"judged-{number}", folder, make, {}, on_every_rank=True, inputs=inputs)
+    told = ", ".join(f"{name} {value}" for name, value in settings.judge.items())
+    return MakeStage(
+        f"judged-{number}", folder, make, {}, on_every_rank=True, inputs=inputs, summary=f"scores by the judge: {told}"
+    )
 
 
 def _pairs_stage(recipe: Recipe, data: Path, settings: OnlineSettings, number: int) -> MakeStage:
@@ -148,4 +155,10 @@ def _pairs_stage(recipe: Recipe, data: Path, settings: OnlineSettings, number: i
                 found[part] = dict(counts)
         return found
 
-    return MakeStage(f"pairs-{number}", folder, make, {"sample_targets": settings.sample_targets})
+    return MakeStage(
+        f"pairs-{number}",
+        folder,
+        make,
+        {"sample_targets": settings.sample_targets},
+        summary=f"pairs of the best and the worst of {settings.samples} answers",
+    )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -76,7 +76,14 @@ def data_stage(recipe: Recipe, data: Path, settings: RoundSettings, *, answers: 
         "eval_prompts": settings.eval_prompts,
     }
     files = recipe.data.local_files
-    return MakeStage("data", data, make, facts, inputs=lambda: {"files": {str(f): sha256_of(f) for f in files()}})
+    return MakeStage(
+        "data",
+        data,
+        make,
+        facts,
+        inputs=lambda: {"files": {str(f): sha256_of(f) for f in files()}},
+        summary=settings.told_prompts(train=True) + (", with the answers of the data" if answers else ""),
+    )
 
 
 def answers_stage(recipe: Recipe, data: Path, settings: RoundSettings, number: int) -> MakeStage:
@@ -106,7 +113,17 @@ def answers_stage(recipe: Recipe, data: Path, settings: RoundSettings, number: i
         }
 
     facts = {**_read_by_answers(own), **asdict(settings.sampling(number, 0)), "seed": recipe.training.get("seed")}
-    return MakeStage(f"answers-{number}", folder, make, facts, on_every_rank=True, inputs=inputs)
+    count = "an answer" if settings.samples == 1 else f"{settings.samples} answers"
+    asked = settings.told_prompts(train=number < settings.rounds)
+    return MakeStage(
+        f"answers-{number}",
+        folder,
+        make,
+        facts,
+        on_every_rank=True,
+        inputs=inputs,
+        summary=f"{count} of at most {settings.max_new_tokens} tokens to {asked}, by {own.model.model_name_or_path}",
+    )
 
 
 def measured_stages(recipe: Recipe, settings: RoundSettings, number: int) -> list[MakeStage]:
@@ -131,7 +148,8 @@ def measured_stages(recipe: Recipe, settings: RoundSettings, number: int) -> lis
 
     if not settings.measure:
         return []
-    return [MakeStage(f"measured-{number}", folder, make, {}, on_every_rank=True, inputs=inputs)]
+    told = f"{', '.join(settings.measure)} of the held-out answers"
+    return [MakeStage(f"measured-{number}", folder, make, {}, on_every_rank=True, inputs=inputs, summary=told)]
 
 
 def _read_by_answers(recipe: Recipe) -> dict[str, Any]:
@@ -154,12 +172,15 @@ def report_stage(recipe: Recipe, settings: RoundSettings, title: str) -> MakeSta
         push_again(Path(recipe.output_dir), recipe.training)
         return rows
 
-    return MakeStage("report", folder, make, {"rounds": settings.rounds})
+    told = "the models of all rounds side by side, in results.json, README.md and plots/rounds.png"
+    return MakeStage("report", folder, make, {"rounds": settings.rounds}, summary=told)
 
 
-def supervised_start(recipe: Recipe, data: Path) -> tuple[Stage, Recipe]:
+def supervised_start(around: Surroundings, data: Path) -> tuple[Stage, Recipe]:
     """A supervised stage on the data's own answers, and the recipe with the model it leaves."""
+    recipe = around.recipe
     files = {"train": str(data / SUPERVISED), **({"test": str(data / TEST)} if recipe.evaluates else {})}
     given = dict(recipe.procedure["start"] or {})
     start, _ = with_start(recipe.replace(data_from(files)), given)
+    start = replace(start, most_rows=around.most_rows)
     return start, recipe.replace(model_name_or_path=str(start.folder), from_scratch=None, model_revision=None)

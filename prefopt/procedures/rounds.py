@@ -76,6 +76,12 @@ class RoundSettings:
         """Answers to each prompt."""
         return 1
 
+    def told_prompts(self, *, train: bool) -> str:
+        """The prompts that answers are sampled to, in words."""
+        held_out = f"at most {self.eval_prompts} held-out prompts"
+        own = f"at most {self.prompts}" if self.prompts else "all"
+        return f"{own} and {held_out}" if train else held_out
+
     def sampling(self, round: int, seed: int) -> Sampling:
         """How the answers of a round are drawn."""
         return Sampling(self.samples, self.max_new_tokens, self.temperature, self.top_p, seed + round)

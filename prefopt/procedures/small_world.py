@@ -7,7 +7,7 @@ before their stages, and a comparison by the true reward after them.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,11 +27,15 @@ _OF_TEXTS = ("texts", "eval_prompts", "seed")
 
 @dataclass(frozen=True)
 class Surroundings:
-    """What stands around a procedure: stages `before` it, the `recipe` from what they leave, and stages `after` it."""
+    """What stands around a procedure: stages `before` it, the `recipe` from what they leave, and stages `after` it.
+
+    `most_rows`: how many rows of data the stages before make at most, where they make them.
+    """
 
     before: list[Stage]
     recipe: Recipe
     after: list[Stage]
+    most_rows: int | None = None
 
 
 @procedure("small_world")
@@ -42,7 +46,7 @@ def small_world(recipe: Recipe) -> Sequence[Stage]:
     """
     refuse_unknown(recipe, "start", "world")
     around = with_pairs(recipe)
-    return [*around.before, TrainStage("train", around.recipe), *around.after]
+    return [*around.before, TrainStage("train", around.recipe, around.most_rows), *around.after]
 
 
 def with_pairs(recipe: Recipe) -> Surroundings:
@@ -52,6 +56,7 @@ def with_pairs(recipe: Recipe) -> Surroundings:
     start = {"data_files": str(folder / TEXTS), **(recipe.procedure.get("start") or {})}
     pairs = {"train": str(folder / PAIRS), "test": str(folder / EVAL_PAIRS)}
     base, main = with_start(recipe.replace(data_files=pairs), start)
+    base = replace(base, most_rows=settings.texts)
     sampled = MakeStage(
         "pairs",
         folder,
@@ -60,7 +65,8 @@ def with_pairs(recipe: Recipe) -> Surroundings:
         summary=f"{settings.samples_per_prompt} answers to each of {settings.prompts} openings, best against worst",
     )
     compared = _compare_stage(base.folder, main.folder, folder, settings)
-    return Surroundings([_texts_stage(folder, settings), base, sampled], main.recipe, [compared])
+    most = settings.prompts * settings.pairs_per_prompt
+    return Surroundings([_texts_stage(folder, settings), base, sampled], main.recipe, [compared], most)
 
 
 def with_texts(recipe: Recipe, *, max_new_tokens: int) -> Surroundings:
@@ -74,7 +80,7 @@ def with_texts(recipe: Recipe, *, max_new_tokens: int) -> Surroundings:
     folder = _folder(recipe)
     texts = {"train": str(folder / TEXTS), "test": str(folder / HELD_OUT_TEXTS)}
     compared = _compare_stage(start_folder(recipe), Path(recipe.output_dir), folder, settings)
-    return Surroundings([_texts_stage(folder, settings)], recipe.replace(data_files=texts), [compared])
+    return Surroundings([_texts_stage(folder, settings)], recipe.replace(data_files=texts), [compared], settings.texts)
 
 
 def _texts_stage(folder: Path, settings: WorldSettings) -> MakeStage:

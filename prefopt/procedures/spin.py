@@ -97,10 +97,12 @@ def spin(recipe: Recipe) -> Sequence[Stage]:
     stages: list[Stage] = [*around.before, data_stage(around.recipe, data, settings, answers=True)]
     first = around.recipe
     if "start" in recipe.procedure:
-        start, first = supervised_start(around.recipe, data)
+        start, first = supervised_start(around, data)
         stages.append(start)
     for number in range(settings.rounds):
-        trained = TrainStage(f"train-{number}", round_recipe(first, settings, number, has_test=first.evaluates))
+        own = round_recipe(first, settings, number, has_test=first.evaluates)
+        most = settings.prompts and settings.prompts * len(settings.window(number))
+        trained = TrainStage(f"train-{number}", own, most_rows=most)
         stages += [
             answers_stage(first, data, settings, number),
             *measured_stages(first, settings, number),
@@ -123,7 +125,9 @@ def _pairs_stage(recipe: Recipe, trained: Recipe, data: Path, settings: SpinSett
         return make_pairs(recipe, data, folder, settings, number)
 
     facts = {"window": list(settings.window(number)), "append_eos_to_truncated": settings.append_eos_to_truncated}
-    return MakeStage(f"pairs-{number}", folder, make, facts)
+    rounds = ", ".join(f"answers-{source}" for source in settings.window(number))
+    told = f"pairs of the data's answers and the model's own, of {rounds}"
+    return MakeStage(f"pairs-{number}", folder, make, facts, summary=told)
 
 
 def make_pairs(recipe: Recipe, data: Path, folder: Path, settings: SpinSettings, number: int) -> dict[str, int]:

@@ -6,9 +6,6 @@ import hashlib
 import json
 import math
 import shutil
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -27,9 +24,9 @@ from prefopt.recipe import load_recipe
 from prefopt.reference.identity import identify
 from prefopt.reference.record import record_reference
 from tests.helpers import make_model, make_tokenizer
+from tests.launching import on_two_ranks
 from tests.procedures.spinning import prepare, rows_of, spin
 
-ROOT = Path(__file__).resolve().parents[2]
 WEIGHTS = "model.safetensors"
 
 
@@ -475,10 +472,7 @@ def test_an_adapter_goes_on_and_its_start_is_the_reference(tmp_path):
 def test_two_ranks_sample_the_same_answers_and_train_the_same_models(finished, tmp_path):
     """Rounds sample from models that agree up to rounding, so answers of round 1 might differ; here none does."""
     file = prepare(tmp_path)
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command = [*launch, "scripts/train.py", str(file), "--per_device_train_batch_size", "2"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
+    on_two_ranks("scripts/train.py", str(file), "--per_device_train_batch_size", "2")
     for number in range(2):
         for shard in (finished / f"round-{number}" / "answers" / "own").glob("shard-*.jsonl"):
             theirs = rows_of(tmp_path / "run" / f"round-{number}" / "answers" / "own" / shard.name)
