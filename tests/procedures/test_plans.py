@@ -92,7 +92,7 @@ def test_the_shipped_spin_recipe_is_the_papers_without_what_the_small_world_need
     assert [stage.recipe.loss[0].knobs["beta"] for stage in stages] == [0.1, 0.1, 0.1, 5.0]
     assert [stage.recipe.training["learning_rate"] for stage in stages] == [5e-7, 5e-7, 1e-7, 1e-7]
     assert {stage.recipe.training["num_train_epochs"] for stage in stages} == {2.0}
-    assert {stage.recipe.training["optim"] for stage in stages} == {"rmsprop"}
+    assert {stage.recipe.training["lr_scheduler_type"] for stage in stages} == {"linear"}
 
 
 @pytest.mark.parametrize("name", ["spin", "online", "stepwise"])

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from prefopt.errors import RecipeError
+from prefopt.errors import RecipeError, UserError
 from prefopt.procedures import make_plan, run_plan
 from prefopt.recipe import load_recipe
 from prefopt.world.stages import held_out_prompts, training_prompts
@@ -91,6 +91,14 @@ def test_something_to_measure_needs_held_out_rows(tmp_path):
         make_plan(recipe_in(tmp_path, "spin").replace(own))
 
 
+def test_a_judge_that_only_measures_is_looked_at_before_anything_is_sampled(tmp_path):
+    measure = ("--procedure.measure", "{kindness: {function: nowhere.py:kindness}}")
+    for name, more in (("spin", ""), ("online", JUDGE)):
+        plan = make_plan(recipe_in(tmp_path, name, more, *measure, "--output_dir", str(tmp_path / name)))
+        with pytest.raises(UserError, match="a recipe alone never imports code"):
+            run_plan(plan[:2])
+
+
 def run(recipe, folder):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("prefopt.procedures.train.save_plots", lambda *_: [])
@@ -106,6 +114,8 @@ def test_spin_runs_from_the_worlds_texts_to_its_comparison(tmp_path, capsys):
     texts = [row["completion"] for row in rows_of(folder / "world" / "texts.jsonl")]
     pairs = rows_of(folder / "round-0" / "pairs" / "pairs.jsonl")
     assert pairs and all(row["chosen"] in texts and row["rejected"] not in texts for row in pairs)
+    evaluated = [row["prompt"] for row in rows_of(folder / "data" / "test.jsonl")]
+    assert evaluated == held_out_prompts()[:4]
     rows = json.loads((folder / "results.json").read_text())["rounds"]
     assert [set(row) >= {"measured/kindness", "measured/grammatical"} for row in rows] == [True, True]
     assert load_recipe(folder / "report" / "recipe.yaml") == recipe_in(tmp_path, "spin")
