@@ -58,7 +58,7 @@ class Size:
     new_tokens: int = 22
 
 
-SMALL = Size(prompts=800, held_out_pairs=512, new_tokens=48)
+SMALL = Size(layers=2, epochs=4, prompts=800, held_out=256, held_out_pairs=512, new_tokens=32)
 TINY = Size(
     vocabulary=512, width=16, layers=1, epochs=1, texts=400, prompts=40, held_out=24, held_out_pairs=16, new_tokens=8
 )

@@ -1,4 +1,4 @@
-"""Judges that are the small world itself: its true reward, or whether its grammar could have written an answer."""
+"""Judges that are the small world itself: its true reward, or what of an answer its grammar could have written."""
 
 from __future__ import annotations
 
@@ -6,14 +6,18 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from prefopt.errors import UserError
-from prefopt.world.grammar import is_grammatical
+from prefopt.world.grammar import grammatical_share, is_grammatical
 from prefopt.world.reward import reward
 
-FIGURES: dict[str, Callable[[str, str], float]] = {"reward": reward, "grammatical": is_grammatical}
+FIGURES: dict[str, Callable[[str, str], float]] = {
+    "reward": reward,
+    "grammatical": is_grammatical,
+    "sentences": grammatical_share,
+}
 
 
 class WorldJudge:
-    """`world: reward` (standard deviations of the grammar's own reviews), or `world: grammatical` (1 or 0)."""
+    """`world: reward`, in standard deviations of the grammar's own reviews; `grammatical`, 1 or 0; or `sentences`, a share."""
 
     summary = ""
 

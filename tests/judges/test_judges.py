@@ -277,6 +277,8 @@ def test_the_small_world_judges_by_its_reward_and_its_grammar():
     answers = [review, review + " and"]
     assert open_judge({"world": "reward"}).scores(prompt, answers) == [reward(prompt, answer) for answer in answers]
     assert open_judge({"world": "grammatical"}).scores(prompt, answers) == [1.0, 0.0]
+    whole, part = open_judge({"world": "sentences"}).scores(prompt, answers)
+    assert whole == 1.0 > part > 0.0
 
 
 @pytest.mark.parametrize("prompt", ["a cat", [{"role": "user", "content": "a cat"}]])
