@@ -332,6 +332,8 @@ def _train_base(folder: Path, texts: Sequence[str], size: Size) -> None:
         activation_checkpointing=False,
         save_strategy="no",
         logging_steps=100,
+        report_to="none",
+        disable_tqdm=True,
     )
     rows = [{"prompt": "", "completion": text, "label": True} for text in texts]
     trainer = PreferenceTrainer(model, args=args, loss="sft", train_dataset=rows, processing_class=tokenizer)

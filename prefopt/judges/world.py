@@ -17,7 +17,7 @@ FIGURES: dict[str, Callable[[str, str], float]] = {
 
 
 class WorldJudge:
-    """`world: reward`, in standard deviations of the grammar's own reviews; `grammatical`, 1 or 0; or `sentences`, a share."""
+    """`world: reward`, in deviations of the grammar's own reviews; `grammatical`, 1 or 0; `sentences`, their share."""
 
     summary = ""
 
