@@ -6,7 +6,7 @@ A small model that learnt the reviews answers 800 openings four times, and a jud
 which is kinder. The pairs are one source, cut in three by how easy the start model finds them; the paper's chunks are
 whole data sets. All ways take as many steps of the optimizer, with the settings of stepwise_reviews.yaml. Measured on
 openings never seen: by that judge and by another one, the KL to the start, and on held-out pairs the accuracy of the
-rewards against the start. Every reference moves, so steps drift further than one run of the same beta: read reward
+rewards against the start (at the start itself they are rounding). Every reference moves, so steps drift further than one run of the same beta: read reward
 beside KL. Without --data the reviews are those of the embedded world. Model and pairs stay in runs/reviews, the runs in
 runs/stepwise_reviews, and the same command goes on with what is missing.
 """
@@ -84,7 +84,7 @@ def _verdicts(found: Sequence[Mapping[str, Mapping[str, float]]]) -> None:
         for name in ("reward", "judge", "accuracy"):
             gains = [each[EASY][name] - each[other][name] for each in found]
             spread = statistics.stdev(gains) if len(gains) > 1 else 0.0
-            ahead = statistics.fmean(gains) > 2 * spread / len(gains) ** 0.5
+            ahead = len(gains) > 1 and statistics.fmean(gains) > 2 * spread / len(gains) ** 0.5
             conclude(f"{SHOWN[name]}: easy to hard beats {other} by more than two standard errors", ahead)
 
 
