@@ -6,9 +6,9 @@ A small model that learnt the reviews answers 800 openings four times, and a jud
 which is kinder. The pairs are one source, cut in three by how easy the start model finds them; the paper's chunks are
 whole data sets. All ways take as many steps of the optimizer, with the settings of stepwise_reviews.yaml. Measured on
 openings never seen: by that judge and by another one, the KL to the start, and on held-out pairs the accuracy of the
-rewards against the start (at the start itself they are rounding). Every reference moves, so steps drift further than one run of the same beta: read reward
-beside KL. Without --data the reviews are those of the embedded world. Model and pairs stay in runs/reviews, the runs in
-runs/stepwise_reviews, and the same command goes on with what is missing.
+rewards against the start (at the start itself they are rounding). Every reference moves, so steps drift further than
+one run of the same beta: read reward beside KL. Without --data the reviews are those of the embedded world. Model and
+pairs stay in runs/reviews, the runs in runs/stepwise_reviews, and the same command goes on with what is missing.
 """
 
 from __future__ import annotations
