@@ -143,7 +143,7 @@ def _add_push(command: argparse.ArgumentParser) -> None:
 
 
 def _train(options: argparse.Namespace, overrides: list[str]) -> None:
-    from prefopt.launch import prepare_environment, starting_line
+    from prefopt.launch import TIMEOUT, prepare_environment, starting_line
 
     asked = prepare_environment()
     from prefopt.console import say
@@ -152,7 +152,7 @@ def _train(options: argparse.Namespace, overrides: list[str]) -> None:
 
     _load_plugins(options)
     recipe = load_recipe(options.recipe, overrides)
-    say(starting_line(asked))
+    say(starting_line(asked, recipe.training.get("ddp_timeout", TIMEOUT)))
     run_plan(make_plan(recipe), options.stage)
 
 

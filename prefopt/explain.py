@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -41,31 +41,43 @@ def explain(recipe: Recipe, *, world_size: int | None = None) -> str:
     """
     devices = world_size or int(os.environ.get("WORLD_SIZE", "1"))
     try_losses(recipe.objective().losses)
-    settings = recipe.resolved()
+    settings, plan = recipe.resolved(), make_plan(recipe)
+    trained = [stage.recipe for stage in plan if isinstance(stage, TrainStage)]
     rows = count_rows(recipe)
     sizes = _sizes(recipe)
     sections = {
-        f"Recipe {recipe.name}, with its defaults": to_yaml(settings).rstrip(),
+        f"Recipe {recipe.name}, with its defaults": to_yaml(_of_the_recipe(recipe, trained)).rstrip(),
         "Losses": "\n".join(f"{loss.name}: {needs_summary(loss.needs)}" for loss in recipe.objective().losses),
-        **_stages(recipe, devices),
-        "Rows and steps": _steps(settings, rows, devices),
-        "Reference": reference_plan(recipe, rows.kept, sizes),
+        **({"Stages": _stages(plan, devices)} if len(plan) > 1 else {}),
+        **({"Rows and steps": _steps(settings, rows, devices)} if len(trained) == 1 else {"Rows": _rows(rows)}),
+        "Reference": reference_plan(recipe, rows.kept, sizes, of_stages=len(trained) > 1),
         "Memory of one device, nothing sharded (estimate)": _memory(recipe, settings, rows, sizes),
     }
     return "\n\n".join(f"{title}\n{'-' * len(title)}\n{text}" for title, text in sections.items()) + "\n"
 
 
-def _stages(recipe: Recipe, devices: int) -> dict[str, str]:
+def _of_the_recipe(recipe: Recipe, trained: Sequence[Recipe]) -> dict[str, Any]:
+    """The recipe in full, without defaults that hold in none of its stages: each says there what it has instead."""
+    settings, stages = recipe.resolved(), [each.resolved() for each in trained]
+    for name in ("learning_rate", "num_train_epochs", "loss"):
+        if all(stage[name] != settings[name] for stage in stages):
+            written = recipe.as_written()
+            settings = {**settings, name: written[name]} if name in written else _without(settings, name)
+    return settings
+
+
+def _without(settings: Mapping[str, Any], name: str) -> dict[str, Any]:
+    return {key: value for key, value in settings.items() if key != name}
+
+
+def _stages(plan: Sequence[Stage], devices: int) -> str:
     """The stages of a run that has several; what follows them on the page is about the recipe as a whole."""
-    plan = make_plan(recipe)
-    if len(plan) == 1:
-        return {}
     lines = []
     for number, stage in enumerate(plan, start=1):
         about = _training(stage, devices) if isinstance(stage, TrainStage) else {"makes": stage.summary}
         lines.append(f"{number}. {stage.name}{_kind(stage)}: {stage.folder}")
         lines += [f"   {name}: {text}" for name, text in about.items() if text]
-    return {"Stages": "\n".join(lines)}
+    return "\n".join(lines)
 
 
 def _kind(stage: Stage) -> str:
@@ -85,17 +97,21 @@ def _training(stage: TrainStage, devices: int) -> dict[str, str]:
         "model": recipe.model.model_name_or_path or "from scratch",
         "data": listed if isinstance(listed, str) else ", ".join(map(str, listed)),
         "settings": ", ".join([*map(repr, recipe.objective().losses), f"learning_rate {settings['learning_rate']:g}"]),
-        "cost": _cost(recipe, settings, devices),
+        "cost": _cost(stage, settings, devices),
     }
 
 
-def _cost(recipe: Recipe, settings: dict[str, Any], devices: int) -> str:
+def _cost(stage: TrainStage, settings: dict[str, Any], devices: int) -> str:
+    recipe = stage.recipe
+    effective = settings["per_device_train_batch_size"] * settings["gradient_accumulation_steps"] * devices
     if recipe.data.data_files and not recipe.data.local_files():
-        return "known when the stages before it have made the data"
+        if stage.most_rows is None:
+            return "known when the stages before it have made the data"
+        steps, *_ = _step_count(settings, stage.most_rows, effective).split("\n")
+        return f"at most {stage.most_rows} rows, steps: {steps}"
     rows = count_rows(recipe)
     if rows.train is None:
         return rows.note
-    effective = settings["per_device_train_batch_size"] * settings["gradient_accumulation_steps"] * devices
     steps, *_ = _step_count(settings, rows.train, effective).split("\n")
     tokens = f", {rows.tokens * effective:,.0f} tokens a step" if rows.tokens is not None else ""
     return f"{rows.train} rows, steps: {steps}{tokens}"
@@ -175,15 +191,22 @@ def _activations(sizes: Sizes, settings: Mapping[str, Any], tokens: float) -> fl
 def _steps(settings: dict[str, Any], rows: Rows, devices: int) -> str:
     batch, accumulated = settings["per_device_train_batch_size"], settings["gradient_accumulation_steps"]
     effective = batch * accumulated * devices
-    table = {}
-    if rows.train is not None:
-        table["rows"] = f"{rows.train}" + ("" if rows.test is None else f" to train on, {rows.test} to evaluate on")
+    table = {} if rows.train is None else {"rows": _row_count(rows)}
     table["effective batch"] = f"{effective} = {batch} a device x {accumulated} accumulated x devices: {devices}"
     table["steps"] = _step_count(settings, rows.train, effective)
     if rows.tokens is not None:
         each = f"{rows.tokens:.0f} a row, the prompt counted with every answer"
         table["tokens a step"] = f"{rows.tokens * effective:,.0f} ({each})"
     return f"{_table(table)}\n{rows.note}"
+
+
+def _rows(rows: Rows) -> str:
+    """Rows of a run of several stages, whose steps are told stage by stage."""
+    return rows.note if rows.train is None else f"{_row_count(rows)}. {rows.note}"
+
+
+def _row_count(rows: Rows) -> str:
+    return f"{rows.train}" + ("" if rows.test is None else f" to train on, {rows.test} to evaluate on")
 
 
 def _step_count(settings: dict[str, Any], rows: int | None, effective: int) -> str:

@@ -27,15 +27,19 @@ class Sizes:
     vocabulary: int = 0
 
 
-def reference_plan(recipe: Recipe, tokens: float | None = None, sizes: Sizes | str = "") -> str:
+def reference_plan(
+    recipe: Recipe, tokens: float | None = None, sizes: Sizes | str = "", *, of_stages: bool = False
+) -> str:
     """Which model is the reference and what it costs, in a few sentences.
 
-    `tokens`: the most that scores are kept of; `sizes`: the model's numbers, or why they are not known.
+    `tokens`: the most that scores are kept of; `sizes`: the model's numbers, or why they are not known. `of_stages`:
+    there are several, each with a reference of its own.
     """
     if recipe.objective().reference == "none":
         names = ", ".join(loss.name for loss in recipe.loss)
         return f"none: {names} needs none, and no second model is loaded."
-    return f"{_model(recipe)} {_source(recipe, tokens, sizes)}"
+    model = "of each stage the model it starts from." if of_stages and not recipe.reference.model else _model(recipe)
+    return f"{model} {_source(recipe, tokens, sizes)}"
 
 
 def reference_bytes(recipe: Recipe, tokens: float | None, sizes: Sizes) -> float:

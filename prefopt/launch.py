@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from accelerate.commands.launch import launch_command_parser
 
 from prefopt.errors import UserError
 
+TIMEOUT = 1800.0  # transformers' own
 _SHARDED = ("FSDP", "DEEPSPEED")
 
 
@@ -101,9 +103,13 @@ def split_options(options: Sequence[str], ours: Collection[str]) -> tuple[list[s
     return launcher, rest
 
 
-def starting_line(asked: Launch) -> str:
-    """One line that says what runs. Raises `UserError` when it is not what was asked for."""
-    state = PartialState()
+def starting_line(asked: Launch, timeout: float = TIMEOUT) -> str:
+    """One line that says what runs. Raises `UserError` when it is not what was asked for.
+
+    `timeout`: seconds after which ranks give up waiting for one another, as `ddp_timeout` of a recipe.
+    """
+    # The process group is made here, and would else have the back end's own timeout: ten minutes with NCCL.
+    state = PartialState(timeout=timedelta(seconds=timeout))
     if asked.num_processes is not None and asked.num_processes != state.num_processes:
         raise UserError(
             f"launch: {asked.num_processes} processes were asked for, but the number running is {state.num_processes}. "

@@ -1,9 +1,11 @@
-"""What one process decides for all: the others wait for its answer, or for its refusal."""
+"""What processes wait for: the answer or the refusal of the one that decides for all, and the files of the others."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, TypeVar
 
 from accelerate import PartialState
@@ -12,6 +14,7 @@ from accelerate.utils import broadcast_object_list
 from prefopt.errors import UserError
 
 Answer = TypeVar("Answer")
+_PAUSE = 0.5  # seconds
 
 
 def on_main(action: Callable[[], Answer]) -> Answer:
@@ -29,6 +32,18 @@ def on_main(action: Callable[[], Answer]) -> Answer:
     if refusal is not None:
         raise refusal
     return answer
+
+
+def wait_for_files(paths: Iterable[Path]) -> None:
+    """Return on every rank when all these files are there, which the ranks share the writing of.
+
+    However long the slowest one takes: a barrier alone would give up after the time that is set for collectives. Where
+    a rank fails, the launcher ends those that wait for it.
+    """
+    for path in paths:
+        while not path.is_file():
+            time.sleep(_PAUSE)
+    PartialState().wait_for_everyone()
 
 
 @contextmanager

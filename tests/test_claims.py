@@ -87,6 +87,29 @@ def test_frontier(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("real", [False, True], ids=["embedded", "real"])
+def test_spin_reviews(tmp_path, request, real):
+    """Only that it runs, to the table and the verdicts: what it shows takes some minutes."""
+    data = ("--data", str(request.getfixturevalue("shared_data"))) if real else ()
+    out = run("spin_reviews", tmp_path, "--quick", *data)
+    for name in ("start ", "round 1 ", "round 3 ", "supervised, as many steps", "one round, as many steps"):
+        assert len(figures(out, name)) == 6
+    assert figures(out, "start ")[3] == pytest.approx(0, abs=1e-6)
+    assert len(re.findall("seen: ", out)) == 7
+    rounds = json.loads((tmp_path / "runs/spin_reviews/seed-0/spin/results.json").read_text())["rounds"]
+    assert all("measured/sentiment" in row for row in rounds)
+
+
+@pytest.mark.slow
+def test_stepwise_reviews(tmp_path):
+    """Only that it runs, to the table and the verdicts, with as many steps on every way."""
+    out = run("stepwise_reviews", tmp_path, "--quick")
+    for name in ("start ", "easy to hard", "hard to easy", "random thirds", "all at once"):
+        assert len(figures(out, name)) == 5
+    assert len(re.findall("seen: ", out)) == 9
+
+
+@pytest.mark.slow
 def test_segments(tmp_path):
     """Only that it runs, to the table and the verdicts: what it shows takes a quarter of an hour."""
     out = run("segments", tmp_path, "--quick")
@@ -121,6 +144,6 @@ def test_spin_rounds(tmp_path):
 def test_every_script_is_tested_and_says_how_to_run_it():
     tested = {name.removeprefix("test_") for name in globals() if name.startswith("test_")}
     for path in CLAIMS.glob("*.py"):
-        if path.stem not in ("common", "reviews"):
+        if path.stem not in ("common", "reviews", "sentiment"):
             assert path.stem in tested
             assert f"python examples/claims/{path.name} [--seeds " in path.read_text()

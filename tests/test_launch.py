@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -160,7 +161,9 @@ def test_ranks_without_an_accelerator_are_told(world, use_cpu, accelerator, expe
 def running(monkeypatch):
     def set_state(processes=1, kind=DistributedType.NO, device="cpu"):
         state = SimpleNamespace(num_processes=processes, distributed_type=kind, device=torch.device(device))
-        monkeypatch.setattr(launch, "PartialState", lambda: state)
+        made: list[timedelta] = []
+        monkeypatch.setattr(launch, "PartialState", lambda timeout: made.append(timeout) or state)
+        return made
 
     return set_state
 
@@ -170,6 +173,14 @@ def test_one_line_says_what_runs(running):
     assert starting_line(Launch()) == "launch: 1 process, cpu"
     running(2, DistributedType.MULTI_CPU)
     assert starting_line(Launch(2, "MULTI_GPU", True)) == "launch: 2 processes, MULTI_CPU, cpu"
+
+
+def test_ranks_wait_for_one_another_as_long_as_the_recipe_says(running):
+    """The state that is made first is the one that counts."""
+    made = running(1)
+    starting_line(Launch())
+    starting_line(Launch(), 7200)
+    assert made == [timedelta(minutes=30), timedelta(hours=2)]
 
 
 @pytest.mark.parametrize(("asked", "run"), [(2, 1), (1, 2), (8, 4)])

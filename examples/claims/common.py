@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import statistics
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -16,9 +17,21 @@ torch.set_num_threads(1)
 
 def seeds(description: str | None, default: int) -> range:
     """The seeds that the command line asks for with `--seeds N`."""
+    return range(_parser(description, default).parse_args().seeds)
+
+
+def options(description: str | None, default: int) -> argparse.Namespace:
+    """What the command line of a script on real reviews says: `seeds`, `data` and `quick`."""
+    parser = _parser(description, default)
+    parser.add_argument("--data", type=Path, help="folder with reviews_pos.txt and reviews_neg.txt")
+    parser.add_argument("--quick", action="store_true", help="everything tiny: to see that it runs")
+    return parser.parse_args()
+
+
+def _parser(description: str | None, default: int) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=(description or "").split("\n")[0])
     parser.add_argument("--seeds", type=int, default=default, help=f"how many (default {default})")
-    return range(parser.parse_args().seeds)
+    return parser
 
 
 def answers(policy: Tensor, reference: Tensor, *place: Tensor) -> TokenScores:

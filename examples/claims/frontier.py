@@ -19,7 +19,7 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
-from reviews import Size, World, make_world
+from reviews import TINY, Size, World, make_world
 from transformers import PreTrainedModel, TrainerCallback
 
 from prefopt import PreferenceConfig, PreferenceTrainer
@@ -41,9 +41,6 @@ LONG = (50, 100, 150, 200, 250, 300)  # what is held back needs more steps to th
 
 REVIEWS = Size()
 GRAMMAR = Size(vocabulary=1024, new_tokens=60)
-TINY = Size(
-    vocabulary=512, width=16, layers=1, epochs=1, texts=400, prompts=40, held_out=24, held_out_pairs=16, new_tokens=8
-)
 
 
 @dataclass(frozen=True)

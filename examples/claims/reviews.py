@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from itertools import combinations, pairwise
 from pathlib import Path
 from statistics import fmean, stdev
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 import torch
@@ -25,10 +25,11 @@ from prefopt import PreferenceConfig, PreferenceTrainer
 from prefopt.data.dataset import TokenDataset
 from prefopt.generation import Generation, encode_prompts, generate
 from prefopt.models import load_model, load_tokenizer
+from prefopt.procedures.pairing import usable
 from prefopt.scratch import build_model, train_tokenizer
 from prefopt.world.reward import reward as known_reward
 from prefopt.world.sampling import answer_kl
-from prefopt.world.stages import held_out_prompts, training_prompts, write_texts
+from prefopt.world.stages import HELD_OUT, write_held_out_texts, write_texts
 
 Judge = Callable[[str], float]
 
@@ -57,6 +58,12 @@ class Size:
     new_tokens: int = 22
 
 
+SMALL = Size(layers=2, epochs=4, prompts=800, held_out=256, held_out_pairs=512, new_tokens=32)
+TINY = Size(
+    vocabulary=512, width=16, layers=1, epochs=1, texts=400, prompts=40, held_out=24, held_out_pairs=16, new_tokens=8
+)
+
+
 @dataclass(frozen=True)
 class Measured:
     """What a policy earns by both judges, and what it costs: KL(policy || base) of an answer, nats."""
@@ -71,11 +78,16 @@ class Measured:
 
 @dataclass(frozen=True)
 class World:
-    """Base model and tokenizer, the two judges, prompts to evaluate on, and pairs as token rows."""
+    """Base model and tokenizer, the two judges, texts, prompts to evaluate on, and pairs as token rows.
+
+    `texts` are those the base model learnt, `held_out` those it did not.
+    """
 
     folder: Path
     reward: Judge
     judge: Judge
+    texts: Sequence[str]
+    held_out: Sequence[str]
     prompts: Sequence[str]
     pairs: TokenDataset
     held_out_pairs: TokenDataset
@@ -110,11 +122,7 @@ class World:
 
 def make_world(folder: Path, data: Path | None, size: Size) -> World:
     """The world kept in `folder`, made there first if need be; `data` holds `reviews_pos.txt` and `reviews_neg.txt`."""
-    positive = data / "reviews_pos.txt" if data else None
-    if positive and positive.exists():
-        texts, held_out, reward, judge = _real(positive, positive.with_name("reviews_neg.txt"))
-    else:
-        texts, held_out, reward, judge = _embedded(folder)
+    texts, held_out, reward, judge = real(data) if is_real(data) else _embedded(folder)
     texts = texts[: size.texts]
     if not (folder / "base" / "config.json").exists():
         _train_base(folder, texts, size)
@@ -127,11 +135,72 @@ def make_world(folder: Path, data: Path | None, size: Size) -> World:
         folder,
         reward,
         judge,
+        texts,
+        held_out,
         evaluation[: size.held_out],
         _pairs(tokenizer, prompts, answers, reward),
         _pairs(tokenizer, evaluation, fresh, reward, limit=size.held_out_pairs),
         size,
     )
+
+
+def answer_rows(world: World, texts: Sequence[str]) -> list[dict[str, str]]:
+    """Texts as rows of answers: the first tokens of each are the prompt, the rest is the answer."""
+    tokenizer = world.tokenizer()
+    cut = {text: next(iter(_prompts(tokenizer, [text])), "") for text in texts}
+    return [
+        {"prompt": prompt, "completion": text.removeprefix(prompt)}
+        for text, prompt in cut.items()
+        if prompt and text.startswith(prompt)
+    ]
+
+
+def pair_rows(world: World) -> list[dict[str, Any]]:
+    """The pairs of `world.pairs` as rows of text, without those that no file of data may hold."""
+    prompts = _prompts(world.tokenizer(), world.texts)
+    answers = json.loads((world.folder / "answers.json").read_text(encoding="utf-8"))
+    end = world.tokenizer().eos_token_id
+    groups: dict[str, list[tuple[float, str, bool]]] = {}
+    for answer in answers:
+        prompt, text = prompts[answer["prompt"]], answer["text"]
+        groups.setdefault(prompt, []).append((world.reward(prompt + text), text, answer["ids"][-1] == end))
+    return [
+        _text_row(prompt, *pair)
+        for prompt, scored in groups.items()
+        for pair in combinations(sorted(scored, reverse=True), 2)
+        if pair[0][0] > pair[1][0] and all(usable(text) for _, text, _ in pair)
+    ]
+
+
+def _text_row(prompt: str, high: tuple[float, str, bool], low: tuple[float, str, bool]) -> dict[str, Any]:
+    sides = {"chosen": high, "rejected": low}
+    unfinished = [side for side, (_, _, ended) in sides.items() if not ended]
+    return {"prompt": prompt, **{side: text for side, (_, text, _) in sides.items()}, "unfinished": unfinished}
+
+
+def accuracy(world: World, policy: PreTrainedModel, base: PreTrainedModel) -> float:
+    """The share of held-out pairs whose kinder answer has gained more on the base model."""
+    args = PreferenceConfig(
+        output_dir=str(world.folder / "_accuracy"),
+        per_device_eval_batch_size=64,
+        reference={"store": str(world.folder / "_store")},
+        report_to="none",
+        disable_tqdm=True,
+    )
+    trainer = PreferenceTrainer(
+        policy,
+        ref_model=base,
+        args=args,
+        loss="dpo",
+        eval_dataset=world.held_out_pairs,
+        processing_class=world.tokenizer(),
+    )
+    return float(trainer.evaluate()["eval_rewards/accuracies"])
+
+
+def write_rows(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """Write rows as JSON lines."""
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
 def distinct_2(answers: Sequence[Generation]) -> float:
@@ -197,8 +266,19 @@ def _bucket(term: str) -> int:
     return value % _BUCKETS
 
 
-def _real(positive: Path, negative: Path) -> tuple[list[str], list[str], Judge, Judge]:
+def known(text: str) -> float:
+    """The reward of the embedded world."""
+    return known_reward("", text)
+
+
+def is_real(data: Path | None) -> TypeGuard[Path]:
+    """Whether a folder holds the two files of labelled sentences."""
+    return data is not None and (data / "reviews_pos.txt").exists()
+
+
+def real(data: Path) -> tuple[list[str], list[str], Judge, Judge]:
     """Training and held-out sentences, the reward from one half of the training sentences, a judge from the other."""
+    positive, negative = data / "reviews_pos.txt", data / "reviews_neg.txt"
     labelled = [(line, path is positive) for path in (positive, negative) for line in _lines(path)]
     order = np.random.default_rng(0).permutation(len(labelled))
     labelled = [labelled[index] for index in order]
@@ -214,15 +294,15 @@ def _embedded(folder: Path) -> tuple[list[str], list[str], Judge, Judge]:
     """The grammar's own reviews; the reward is known, so it is its own judge."""
     path = folder / "texts.jsonl"
     write_texts(path, 6000, seed=0)
-    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    texts = [row["prompt"] + row["completion"] for row in rows]
-    known = set(training_prompts())
-    held_out = [text for text in held_out_prompts() if text not in known]
+    texts = _texts(path)
+    write_held_out_texts(folder / "held_out_texts.jsonl", HELD_OUT, seed=0)
+    held_out = _texts(folder / "held_out_texts.jsonl")
+    return texts, held_out, known, known
 
-    def judge(text: str) -> float:
-        return known_reward("", text)
 
-    return texts, held_out, judge, judge
+def _texts(path: Path) -> list[str]:
+    rows = map(json.loads, path.read_text(encoding="utf-8").splitlines())
+    return [row["prompt"] + row["completion"] for row in rows]
 
 
 def _lines(path: Path) -> list[str]:
@@ -252,6 +332,8 @@ def _train_base(folder: Path, texts: Sequence[str], size: Size) -> None:
         activation_checkpointing=False,
         save_strategy="no",
         logging_steps=100,
+        report_to="none",
+        disable_tqdm=True,
     )
     rows = [{"prompt": "", "completion": text, "label": True} for text in texts]
     trainer = PreferenceTrainer(model, args=args, loss="sft", train_dataset=rows, processing_class=tokenizer)

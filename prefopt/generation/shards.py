@@ -24,7 +24,7 @@ from prefopt.errors import UserError
 from prefopt.generation.prompts import Prompt, encode_prompts, messages_or_text
 from prefopt.generation.sampling import Draw, Generation, Sampling, check_room, plan_draws, sample
 from prefopt.generation.vllm_engine import VLLM
-from prefopt.ranks import on_main
+from prefopt.ranks import on_main, wait_for_files
 from prefopt.reference.hashing import hash_json
 from prefopt.reference.identity import identify
 from prefopt.report.results import write_whole
@@ -85,7 +85,7 @@ def generate_to_disk(
             else:
                 answers = vllm.sample(parts[number], sampling, sampled=bar.update)
             _write_shard(folder, number, prompts, parts[number], answers, identity.weights)
-    state.wait_for_everyone()
+    wait_for_files(folder / shard_name(number) for number in range(len(parts)))
     return on_main(lambda: _finish(folder, facts, len(parts)))
 
 

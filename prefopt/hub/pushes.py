@@ -10,7 +10,7 @@ import logging
 import shutil
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
@@ -18,9 +18,10 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub.utils import disable_progress_bars
+from transformers.trainer_utils import HubStrategy
 
 from prefopt.console import say
-from prefopt.hub.files import Files
+from prefopt.hub.files import Files, folder_files
 from prefopt.hub.sending import Destination, Sent, open_repository, send, why
 from prefopt.report.results import write_whole
 
@@ -109,6 +110,32 @@ class Pushes:
         if push.collect is None:
             return "It is tried again with the first push"
         return f"The files are in {self.folder}; to send them: {push.destination.command(self.folder)}"
+
+
+_QUEUES: dict[Path, Pushes] = {}
+
+
+def pushes_of(folder: Path, strategy: str, *, every: bool = False) -> Pushes:
+    """The pushes of a run folder: of this process, one queue, whoever sends from it."""
+    return _QUEUES.setdefault(folder.resolve(), Pushes(folder, strategy, every=every))
+
+
+def push_again(folder: Path, settings: Mapping[str, Any]) -> None:
+    """Send a run folder in the background, as stages after its training have left it; on the main process.
+
+    `settings` are those of its recipe; nothing is done where it is not pushed.
+    """
+    if not settings.get("push_to_hub"):
+        return
+    strategy = HubStrategy(settings.get("hub_strategy") or HubStrategy.EVERY_SAVE).value
+    destination = Destination(
+        settings.get("hub_model_id") or folder.resolve().name,
+        settings.get("hub_private_repo"),
+        settings.get("hub_revision"),
+        settings.get("hub_token"),
+    )
+    queue = pushes_of(folder, strategy, every=bool(settings.get("hub_always_push")))
+    queue.submit(Push("the report", destination, "Report of all stages", lambda: folder_files(folder, strategy)))
 
 
 def wait_for_pushes() -> None:

@@ -27,7 +27,7 @@ from prefopt.hub.files import (
     model_files,
     report_files,
 )
-from prefopt.hub.pushes import Push, Pushes, wait_for_pushes
+from prefopt.hub.pushes import Push, Pushes, pushes_of, wait_for_pushes
 from prefopt.hub.sending import Destination, Sent, why
 from prefopt.report.card import CARD_FILE
 from prefopt.report.results import METRICS_FILE
@@ -47,7 +47,7 @@ class HubTrainer(Trainer):
     def pushes(self) -> Pushes:
         """The pushes of this run; only the main process asks for them."""
         strategy = HubStrategy(self.args.hub_strategy).value
-        return Pushes(self._folder, strategy, every=self.args.hub_always_push)
+        return pushes_of(self._folder, strategy, every=self.args.hub_always_push)
 
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
         """Make the repository ready in the background; the constructor, which calls this, waits for no network."""

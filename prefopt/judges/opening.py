@@ -12,6 +12,7 @@ from prefopt.judges.command import CommandJudge, permitted
 from prefopt.judges.endpoint import EndpointJudge
 from prefopt.judges.function import FunctionJudge
 from prefopt.judges.reward import RewardJudge
+from prefopt.judges.world import FIGURES, WorldJudge
 from prefopt.losses.plugins import function_hash
 
 _KINDS: dict[str, tuple[type, tuple[str, ...]]] = {
@@ -22,23 +23,30 @@ _KINDS: dict[str, tuple[type, tuple[str, ...]]] = {
         EndpointJudge,
         ("model", "criterion", "workers", "retries", "seconds", "max_tokens", "prices"),
     ),
+    "world": (WorldJudge, ()),
 }
 
 
-def check_judge(block: Any) -> dict[str, Any]:
-    """The block, after refusing with `RecipeError` what no judge reads. Opens nothing."""
+def check_judge(block: Any, key: str = "judge") -> dict[str, Any]:
+    """The block, after refusing with `RecipeError` what no judge reads. Opens nothing.
+
+    `key`: what the block is called within `procedure`.
+    """
     if not isinstance(block, Mapping):
-        raise RecipeError("procedure.judge: is missing. Write judge: {reward_model: NAME}, or another of its kinds.")
+        raise RecipeError(f"procedure.{key}: is missing. Write {key}: {{reward_model: NAME}}, or another of its kinds.")
     kinds = [name for name in _KINDS if name in block]
     if len(kinds) != 1:
-        raise RecipeError(f"procedure.judge: needs one of {', '.join(_KINDS)}, and has {len(kinds)}.")
+        raise RecipeError(f"procedure.{key}: needs one of {', '.join(_KINDS)}, and has {len(kinds)}.")
     known = _KINDS[kinds[0]][1]
     for name in block:
         if name not in (kinds[0], *known):
             reads = ", ".join((kinds[0], *known))
-            raise RecipeError(f"procedure.judge.{name}: not read.{nearest(name, known)} It reads {reads}.")
+            raise RecipeError(f"procedure.{key}.{name}: not read.{nearest(name, known)} It reads {reads}.")
     if "model" in known and not block.get("model"):
-        raise RecipeError("procedure.judge.model: is missing. Write the name the endpoint knows its model by.")
+        raise RecipeError(f"procedure.{key}.model: is missing. Write the name the endpoint knows its model by.")
+    if "world" in block and block["world"] not in FIGURES:
+        named, has = block["world"], ", ".join(FIGURES)
+        raise RecipeError(f"procedure.{key}.world: `{named}` is no figure of the small world. It has {has}.")
     return dict(block)
 
 

@@ -60,10 +60,14 @@ def plugin_function(name: str) -> Callable[..., Any]:
     raise UserError(f"`{name}`: a recipe alone never imports code. Add --plugin {file or 'FILE.py'} to the command")
 
 
+def function_file(name: str) -> Path:
+    """The file of a function `rules.py:kindness`. Raises `UserError` as `plugin_function` does."""
+    return Path(str(sys.modules[plugin_function(name).__module__].__file__))
+
+
 def function_hash(name: str) -> str:
-    """SHA-256 (hex) of the file that a plugin's function comes from. Raises `UserError` where no plugin has it."""
-    file = sys.modules[plugin_function(name).__module__].__file__
-    return hashlib.sha256(Path(str(file)).read_bytes()).hexdigest()
+    """SHA-256 (hex) of that file."""
+    return hashlib.sha256(function_file(name).read_bytes()).hexdigest()
 
 
 def _functions(module: ModuleType) -> list[str]:

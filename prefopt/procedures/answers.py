@@ -36,13 +36,12 @@ from prefopt.procedures.train import BAD_ROWS, open_tokenizer
 from prefopt.ranks import on_main
 from prefopt.recipe import Recipe
 from prefopt.reference.record import recorded_weights
-from prefopt.report.plots import BLUE, GREY, ORANGE, Curve, Panel
+from prefopt.report.plots import BLUE, GREEN, GREY, ORANGE, Curve, Panel
 from prefopt.report.results import RESULTS_FILE, write_whole
 from prefopt.report.rounds import write_rounds
 
 TRAINED = ("loss", "rewards/accuracies", "rewards/margins")
 COLUMNS = {
-    "round": "round",
     "held_out/real_logp_per_token": "held-out logp/token",
     "held_out/score": "score",
     "own/score": "score, train",
@@ -95,6 +94,7 @@ PANELS = (
         ),
     ),
 )
+MEASURED = "Measured alone, and nothing trained on it: the columns after `round`, means over held-out answers. "
 NOTE = (
     "Each row is the model that a round starts from, the last one the model that is left: the likelihood of the "
     "data's own answers to held-out prompts, or the judge's mean score; the share of sampled answers that reached the "
@@ -114,7 +114,7 @@ def write_data(recipe: Recipe, folder: Path, settings: RoundSettings, *, answers
     train, test = load_train_test(recipe.data_spec(), supervised=answers, prompts_only=not answers, **rules)
     say(*(f"data: {line}" for line in train.report.lines()))
     parts = {TRAIN: drawn(train.examples, settings.prompts, seed_of(recipe))}
-    if "start" in recipe.procedure:
+    if answers and "start" in recipe.procedure:
         parts[SUPERVISED] = train.examples
     if test is not None:
         parts[TEST] = drawn(test.examples, settings.eval_prompts, seed_of(recipe))
@@ -169,9 +169,16 @@ def report(recipe: Recipe, settings: RoundSettings, folder: Path, title: str) ->
     rows = [figures_of_round(recipe, settings, number) for number in range(settings.rounds + 1)]
     rows = [row for row in rows if len(row) > 1]
     write_whole(folder / "rounds.json", json.dumps(rows, indent=1) + "\n")
-    table = write_rounds(Path(recipe.output_dir), rows, COLUMNS, PANELS, NOTE)
+    measured = {name: f"measured/{name}" for name in settings.measure}
+    columns = {"round": "round", **{figure: name for name, figure in measured.items()}, **COLUMNS}
+    panels = [*(_measured_panel(name, figure) for name, figure in measured.items()), *PANELS]
+    table = write_rounds(Path(recipe.output_dir), rows, columns, panels, MEASURED + NOTE if measured else NOTE)
     say(f"{title}, the model at the start of each round:", table)
     return rows
+
+
+def _measured_panel(name: str, figure: str) -> Panel:
+    return Panel(figure, name, "mean over held-out answers", (Curve(figure, colour=GREEN, noisy=False),))
 
 
 def figures_of_round(recipe: Recipe, settings: RoundSettings, number: int) -> dict[str, Any]:

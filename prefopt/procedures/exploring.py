@@ -19,7 +19,7 @@ from prefopt.console import say
 from prefopt.environments import check_environment, environment_facts
 from prefopt.environments.opening import SOCIAL_WORLD
 from prefopt.errors import RecipeError, UserError, nearest
-from prefopt.procedures.inputs import sampled, sha256_of
+from prefopt.procedures.inputs import keep_plugins, sampled, sha256_of
 from prefopt.procedures.pairing import FIGURES, TEST, TRAIN, write_figures, write_rows
 from prefopt.procedures.round_stages import data_stage, supervised_start
 from prefopt.procedures.rounds import (
@@ -38,6 +38,7 @@ from prefopt.procedures.rounds import (
     start_recipe,
 )
 from prefopt.procedures.selecting import read_selector
+from prefopt.procedures.small_world import Surroundings
 from prefopt.procedures.stage import MakeStage, Stage, TrainStage
 from prefopt.world.social_tasks import TASKS, TEST_TASKS, TaskSettings, make_tasks
 
@@ -81,6 +82,8 @@ def exploring(recipe: Recipe) -> Sequence[Stage]:
     refuse_other_reference(recipe)
     if settings.use_vllm:
         raise RecipeError("procedure.use_vllm: has no effect in an environment, whose turns transformers samples.")
+    if settings.measure:
+        raise RecipeError("procedure.measure: has no effect in an environment, whose reward is measured.")
     if recipe.model.from_scratch is not None and "start" not in recipe.procedure:
         raise RecipeError("procedure.start: is missing. Random weights cannot act yet. Write start: {...}.")
     if not recipe.objective().paired_required:
@@ -89,7 +92,7 @@ def exploring(recipe: Recipe) -> Sequence[Stage]:
     whole, data = recipe, Path(recipe.output_dir) / "data"
     stages: list[Stage] = [*before, _data_stage(recipe, data, settings)]
     if "start" in recipe.procedure:
-        start, recipe = supervised_start(recipe, data)
+        start, recipe = supervised_start(Surroundings([], recipe, []), data)
         stages.append(start)
     for number in range(settings.rounds):
         stages += [
@@ -139,6 +142,8 @@ def _data_stage(recipe: Recipe, data: Path, settings: ExploringSettings) -> Make
         from prefopt.procedures.episodes import write_tasks
 
         environment_facts(settings.environment)
+        function = settings.environment.get("function")
+        keep_plugins(recipe, [function] if function else [])
         counts = write_tasks(recipe, data, settings)
         say("data: " + ", ".join(f"{count:,} rows in {data / name}" for name, count in counts.items()))
         return counts

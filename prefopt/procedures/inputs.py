@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +12,7 @@ from huggingface_hub.utils.sha import sha_fileobj
 
 from prefopt.drift import FREE, as_facts, loss_facts
 from prefopt.errors import UserError
-from prefopt.losses.plugins import plugin_file
+from prefopt.losses.plugins import function_file, plugin_file
 from prefopt.procedures.stage import MakeStage, Stage
 from prefopt.report.card import PLUGINS
 
@@ -86,14 +87,15 @@ def plugin_files(recipe: Recipe) -> dict[str, Path]:
     return found
 
 
-def keep_plugins(recipe: Recipe) -> None:
+def keep_plugins(recipe: Recipe, functions: Iterable[str] = ()) -> None:
     """Copy the plugins of a recipe's losses into its run folder, where the recipe alone would not make the run again.
 
-    `UserError` for two files of one name, of which the second would be kept for both.
+    `functions`: names of functions in plugins that the recipe names as well. `UserError` for two files of one name, of
+    which the second would be kept for both.
     """
+    losses = [plugin_file(type(loss)) for loss in recipe.objective().losses]
     kept: dict[str, Path] = {}
-    for loss in recipe.objective().losses:
-        file = plugin_file(type(loss))
+    for file in (*losses, *map(function_file, functions)):
         if file is not None and kept.setdefault(file.name, file) != file:
             raise UserError(f"--plugin: {file} and {kept[file.name]} have the same name. Rename one of them.")
     for name, file in kept.items():

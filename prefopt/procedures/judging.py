@@ -20,7 +20,7 @@ from prefopt.generation import read_generations
 from prefopt.generation.shards import content_of
 from prefopt.judges import Judge, judge_facts, open_judge
 from prefopt.procedures.pairing import as_answer, pair_row, usable, write_rows
-from prefopt.ranks import on_main
+from prefopt.ranks import on_main, wait_for_files
 from prefopt.reference.hashing import hash_json
 
 SCORES = "scores.jsonl"
@@ -28,15 +28,16 @@ CHUNK = 64
 """Prompts that are judged together: what is lost of the judging when a run is killed."""
 
 
-def judge_answers(block: Mapping[str, Any], answers: Path, folder: Path) -> dict[str, float]:
+def judge_answers(block: Mapping[str, Any], answers: Path, folder: Path, *, cut_off: bool = False) -> dict[str, float]:
     """Judge the answers in a folder and write `scores.jsonl`; every rank calls this and judges its share.
 
-    Only answers that ended and hold text are judged. A line holds `prompt_index`, `answers`, `scores`, how many were
-    `left_out`, and `by`, a hash of the judge's settings and of the answers. Chunks that are there already are kept.
-    Returns figures: answers judged, their mean score, mean of the best, share of prompts without a difference. Raises
-    `UserError` where a judgement cannot be had.
+    Only answers that ended and hold text are judged; with `cut_off` also those that did not end. A line holds
+    `prompt_index`, `answers`, `scores`, how many were `left_out`, and `by`, a hash of the judge's settings and of the
+    answers. Chunks that are there already are kept. Returns figures: answers judged, their mean score, mean of the
+    best, share of prompts without a difference. Raises `UserError` where a judgement cannot be had.
     """
-    state, by = PartialState(), hash_json([judge_facts(block), content_of(answers)])[:16]
+    state, judged = PartialState(), [judge_facts(block), content_of(answers)]
+    by = hash_json([*judged, "cut off"] if cut_off else judged)[:16]
     if not on_main(lambda: _is_judged(folder / SCORES, by)):
         records = [list(group) for _, group in groupby(read_generations(answers), key=itemgetter("prompt_index"))]
         chunks = {
@@ -44,8 +45,9 @@ def judge_answers(block: Mapping[str, Any], answers: Path, folder: Path) -> dict
             for start in range(0, len(records), CHUNK)
         }
         missing = on_main(lambda: [path for path in chunks if not path.is_file()])
-        _judge_chunks(block, {path: chunks[path] for path in missing[state.process_index :: state.num_processes]}, by)
-        state.wait_for_everyone()
+        own = {path: chunks[path] for path in missing[state.process_index :: state.num_processes]}
+        _judge_chunks(block, own, by, cut_off=cut_off)
+        wait_for_files(chunks)
         on_main(lambda: _together(list(chunks), folder / SCORES))
     return on_main(lambda: _figures(folder / SCORES))
 
@@ -78,18 +80,20 @@ def _is_judged(path: Path, by: str) -> bool:
     return path.is_file() and next(_lines(path))["by"] == by
 
 
-def _judge_chunks(block: Mapping[str, Any], chunks: Mapping[Path, list[list[dict[str, Any]]]], by: str) -> None:
+def _judge_chunks(
+    block: Mapping[str, Any], chunks: Mapping[Path, list[list[dict[str, Any]]]], by: str, *, cut_off: bool
+) -> None:
     if not chunks:
         return
     judge, hidden = open_judge(block), None if PartialState().is_main_process else True
     for path, groups in tqdm(chunks.items(), desc="Judging", unit=f"x{CHUNK} prompts", disable=hidden):
-        write_rows(path, [{**_judged(judge, records), "by": by} for records in groups])
+        write_rows(path, [{**_judged(judge, records, cut_off=cut_off), "by": by} for records in groups])
     if judge.summary:
         say(f"judge: {judge.summary}")
 
 
-def _judged(judge: Judge, records: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    answers = [record["text"] for record in records if record["finished"] and usable(record["text"])]
+def _judged(judge: Judge, records: Sequence[dict[str, Any]], *, cut_off: bool) -> dict[str, Any]:
+    answers = [record["text"] for record in records if (cut_off or record["finished"]) and usable(record["text"])]
     return {
         "prompt_index": records[0]["prompt_index"],
         "answers": answers,

@@ -19,7 +19,7 @@ from prefopt.procedures.inputs import model_files, sha256_of
 from prefopt.procedures.stage import Stage, TrainStage
 from prefopt.ranks import on_main
 from prefopt.reference.hashing import hash_json, plain
-from prefopt.reference.identity import Identity
+from prefopt.reference.identity import FLAT, Identity
 from prefopt.referencing import identify_policy
 from prefopt.report.results import write_whole
 
@@ -51,6 +51,7 @@ class Lineage:
 
     def begin(self, trainer: PreferenceTrainer) -> None:
         """Before the first step: check and record what the policy and its reference are."""
+        _refuse_flat_weights(trainer)
         start, reference = identify_policy(trainer, fresh_adapter=self.fresh_adapter), trainer.reference_identity
         on_main(lambda: self._begin(start, reference))
 
@@ -116,6 +117,13 @@ def read_lineage(folder: Path) -> dict[str, Any]:
     if not whole:
         raise UserError(f"{path}: missing, damaged or edited, so it proves nothing of the model here. {_DELETE}")
     return dict(body)
+
+
+def _refuse_flat_weights(trainer: PreferenceTrainer) -> None:
+    """Refuse FSDP 1 before the first step: the model can be identified now, and not when it has been wrapped."""
+    plugin = getattr(trainer.accelerator.state, "fsdp_plugin", None)
+    if plugin is not None and plugin.fsdp_version == 1:
+        raise UserError(FLAT)
 
 
 def _left_by(folder: Path) -> dict[str, Any]:

@@ -8,17 +8,17 @@ it is trained on. Answers that were cut off are not judged.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from prefopt.console import say
 from prefopt.errors import RecipeError, UserError
-from prefopt.judges import check_judge, judge_facts, refuse_unready
+from prefopt.judges import check_judge, judge_facts
 from prefopt.procedures.exploring import exploring
 from prefopt.procedures.inputs import sha256_of
 from prefopt.procedures.pairing import TEST, TRAIN, read_data, write_rows
-from prefopt.procedures.round_stages import answers_stage, data_stage, report_stage
+from prefopt.procedures.round_stages import answers_stage, data_stage, measured_stages, report_stage, surroundings
 from prefopt.procedures.rounds import (
     HELD_OUT,
     OWN,
@@ -28,12 +28,13 @@ from prefopt.procedures.rounds import (
     answers_folder,
     check_count,
     read_settings,
-    refuse_no_data,
     refuse_other_reference,
     round_folder,
     round_recipe,
 )
+from prefopt.procedures.single import with_start
 from prefopt.procedures.stage import MakeStage, Stage, TrainStage, procedure
+from prefopt.ranks import on_main
 
 if TYPE_CHECKING:
     from prefopt.recipe import Recipe
@@ -62,47 +63,56 @@ class OnlineSettings(RoundSettings):
         check_judge(self.judge or None)
 
     @property
+    def judges(self) -> list[dict[str, Any]]:
+        return [self.judge, *super().judges]
+
+    @property
     def samples(self) -> int:
         return self.samples_per_prompt
 
 
 @procedure("online")
 def online(recipe: Recipe) -> Sequence[Stage]:
-    """`procedure: {name: online, rounds: 3, judge: {...}, ...}`: `OnlineSettings`.
+    """`procedure: {name: online, rounds: 3, judge: {...}, ...}`: `OnlineSettings`, and `start: {...}`.
 
-    The data are prompts; answers in their rows are not read. The stages of round t are `answers-t`, `judged-t`,
-    `pairs-t` and `train-t`; after the last one the final model answers and is judged, and all is reported.
+    The data are prompts; answers in their rows are read by the supervised stage of `start` alone. With `world: {...}`
+    they are those of the small world. The stages of round t are `answers-t`, `judged-t`, `measured-t` where there is
+    something to `measure`, `pairs-t` and `train-t`; after the last one the final model answers and is judged, and all
+    is reported.
     """
     if "environment" in recipe.procedure:
         return exploring(recipe)
-    settings = read_settings(OnlineSettings, recipe)
+    settings = read_settings(OnlineSettings, recipe, besides=("start", "world"))
     refuse_other_reference(recipe)
-    refuse_no_data(recipe)
-    if recipe.model.model_name_or_path is None:
-        raise RecipeError("model_name_or_path: is missing. A model with random weights has no answers to judge.")
-    data, rounds = Path(recipe.output_dir) / "data", settings.rounds
-    stages: list[Stage] = [_data_stage(recipe, data, settings)]
-    for number in range(rounds):
+    around, data = surroundings(recipe, settings), Path(recipe.output_dir) / "data"
+    stages: list[Stage] = [*around.before, data_stage(around.recipe, data, settings, answers=False)]
+    first = around.recipe
+    if "start" in recipe.procedure:
+        start, main = with_start(first, recipe.procedure["start"] or {})
+        stages.append(start)
+        first = main.recipe
+    for number in range(settings.rounds):
         stages += [
-            answers_stage(recipe, data, settings, number),
-            _judged_stage(recipe, settings, number),
-            _pairs_stage(recipe, data, settings, number),
-            TrainStage(f"train-{number}", round_recipe(recipe, settings, number, has_test=recipe.evaluates)),
+            *_judged_answers(first, data, settings, number),
+            _pairs_stage(first, data, settings, number),
+            TrainStage(
+                f"train-{number}",
+                round_recipe(first, settings, number, has_test=first.evaluates),
+                most_rows=settings.prompts,
+            ),
         ]
-    if recipe.evaluates:
-        stages += [answers_stage(recipe, data, settings, rounds), _judged_stage(recipe, settings, rounds)]
-    return [*stages, report_stage(recipe, settings, "Online rounds")]
+    if first.evaluates:
+        stages += _judged_answers(first, data, settings, settings.rounds)
+    return [*stages, report_stage(recipe, settings, "Online rounds"), *around.after]
 
 
-def _data_stage(recipe: Recipe, data: Path, settings: OnlineSettings) -> MakeStage:
-    """The stage of the prompts, which first refuses a judge that could not be opened after all the sampling."""
-    stage = data_stage(recipe, data, settings, answers=False)
-
-    def make() -> Any:
-        refuse_unready(settings.judge)
-        return stage.make()
-
-    return replace(stage, make=make)
+def _judged_answers(recipe: Recipe, data: Path, settings: OnlineSettings, number: int) -> list[Stage]:
+    """The stages that need no training: what a model answers, and what is thought of it."""
+    return [
+        answers_stage(recipe, data, settings, number),
+        _judged_stage(recipe, settings, number),
+        *measured_stages(recipe, settings, number),
+    ]
 
 
 def _judged_stage(recipe: Recipe, settings: OnlineSettings, number: int) -> MakeStage:
@@ -114,7 +124,7 @@ def _judged_stage(recipe: Recipe, settings: OnlineSettings, number: int) -> Make
 
         parts = [part for part in (OWN, HELD_OUT) if (answers / part).is_dir()]
         figures = {part: judge_answers(settings.judge, answers / part, folder / part) for part in parts}
-        write_figures(folder, figures)
+        on_main(lambda: write_figures(folder, figures))
         for part, values in figures.items():
             say(f"judged, {part}: " + ", ".join(f"{name} {value:.4g}" for name, value in values.items()))
         return figures
@@ -123,7 +133,10 @@ def _judged_stage(recipe: Recipe, settings: OnlineSettings, number: int) -> Make
         manifests = sorted(answers.glob("*/manifest.json"))
         return {**judge_facts(settings.judge), "answers": {path.parent.name: sha256_of(path) for path in manifests}}
 
-    return MakeStage(f"judged-{number}", folder, make, {}, on_every_rank=True, inputs=inputs)
+    told = ", ".join(f"{name} {value}" for name, value in settings.judge.items())
+    return MakeStage(
+        f"judged-{number}", folder, make, {}, on_every_rank=True, inputs=inputs, summary=f"scores by the judge: {told}"
+    )
 
 
 def _pairs_stage(recipe: Recipe, data: Path, settings: OnlineSettings, number: int) -> MakeStage:
@@ -145,4 +158,10 @@ def _pairs_stage(recipe: Recipe, data: Path, settings: OnlineSettings, number: i
                 found[part] = dict(counts)
         return found
 
-    return MakeStage(f"pairs-{number}", folder, make, {"sample_targets": settings.sample_targets})
+    return MakeStage(
+        f"pairs-{number}",
+        folder,
+        make,
+        {"sample_targets": settings.sample_targets},
+        summary=f"pairs of the best and the worst of {settings.samples} answers",
+    )

@@ -2,40 +2,72 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from accelerate.utils import release_memory
 
 from prefopt.console import say
+from prefopt.errors import RecipeError
+from prefopt.generation.shards import MANIFEST
 from prefopt.generation.vllm_engine import interpreter
-from prefopt.procedures.inputs import sampled, sha256_of
+from prefopt.hub.pushes import push_again
+from prefopt.judges import judge_facts, refuse_unready
+from prefopt.procedures.inputs import keep_plugins, sampled, sha256_of
 from prefopt.procedures.pairing import SUPERVISED, TEST
 from prefopt.procedures.rounds import (
+    HELD_OUT,
     LENGTHS,
     OWN,
     RoundSettings,
     answers_folder,
     data_from,
     model_folder,
+    refuse_no_data,
+    refuse_unmeasured,
+    round_folder,
     start_recipe,
 )
 from prefopt.procedures.single import with_start
+from prefopt.procedures.small_world import Surroundings, with_texts
 from prefopt.procedures.stage import MakeStage, Stage
+from prefopt.ranks import on_main
 
 if TYPE_CHECKING:
     from prefopt.recipe import Recipe
 
 
+def surroundings(recipe: Recipe, settings: RoundSettings) -> Surroundings:
+    """What stands around the rounds: the small world where the recipe has one, or nothing.
+
+    Raises `RecipeError` for a recipe whose rounds would have nothing to begin with.
+    """
+    if recipe.model.from_scratch is not None and "start" not in recipe.procedure:
+        raise RecipeError("procedure.start: is missing. Random weights have no answers yet. Write start: {...}.")
+    if "world" in recipe.procedure:
+        around = with_texts(recipe, max_new_tokens=settings.max_new_tokens)
+    else:
+        refuse_no_data(recipe)
+        around = Surroundings([], recipe, [])
+    refuse_unmeasured(around.recipe, settings)
+    return around
+
+
 def data_stage(recipe: Recipe, data: Path, settings: RoundSettings, *, answers: bool) -> MakeStage:
-    """The stage that writes the prompts of the recipe's data, with their `answers` or alone."""
+    """The stage that writes the prompts of the recipe's data, with their `answers` or alone.
+
+    It first refuses a judge that could not be opened after all the sampling.
+    """
 
     def make() -> Any:
         from prefopt.procedures.answers import write_data
 
         if settings.use_vllm:
             interpreter()  # where there is none, that is to be known before hours of work
+        for block in settings.judges:
+            refuse_unready(block)
+        keep_plugins(recipe, [block["function"] for block in settings.judges if "function" in block])
         counts = write_data(recipe, data, settings, answers=answers)
         say("data: " + ", ".join(f"{count:,} rows in {data / name}" for name, count in counts.items()))
         return counts
@@ -47,7 +79,14 @@ def data_stage(recipe: Recipe, data: Path, settings: RoundSettings, *, answers: 
         "eval_prompts": settings.eval_prompts,
     }
     files = recipe.data.local_files
-    return MakeStage("data", data, make, facts, inputs=lambda: {"files": {str(f): sha256_of(f) for f in files()}})
+    return MakeStage(
+        "data",
+        data,
+        make,
+        facts,
+        inputs=lambda: {"files": {str(f): sha256_of(f) for f in files()}},
+        summary=settings.told_prompts(train=True) + (", with the answers of the data" if answers else ""),
+    )
 
 
 def answers_stage(recipe: Recipe, data: Path, settings: RoundSettings, number: int) -> MakeStage:
@@ -83,7 +122,43 @@ def answers_stage(recipe: Recipe, data: Path, settings: RoundSettings, number: i
         "use_vllm": settings.use_vllm,
         "seed": recipe.training.get("seed"),
     }
-    return MakeStage(f"answers-{number}", folder, make, facts, on_every_rank=True, inputs=inputs)
+    count = "an answer" if settings.samples == 1 else f"{settings.samples} answers"
+    asked = settings.told_prompts(train=number < settings.rounds)
+    return MakeStage(
+        f"answers-{number}",
+        folder,
+        make,
+        facts,
+        on_every_rank=True,
+        inputs=inputs,
+        summary=f"{count} of at most {settings.max_new_tokens} tokens to {asked}, by {own.model.model_name_or_path}",
+    )
+
+
+def measured_stages(recipe: Recipe, settings: RoundSettings, number: int) -> list[MakeStage]:
+    """The stage in which `measure` judges answers to held-out prompts, cut-off ones too; none without `measure`."""
+    answers, folder = answers_folder(recipe, number) / HELD_OUT, round_folder(recipe, number) / "measured"
+
+    def make() -> Any:
+        from prefopt.procedures.judging import judge_answers
+        from prefopt.procedures.pairing import write_figures
+
+        judged = {
+            name: judge_answers(block, answers, folder / name, cut_off=True) for name, block in settings.measure.items()
+        }
+        figures = {name: found["score"] for name, found in judged.items() if "score" in found}
+        on_main(lambda: write_figures(folder, {"measured": figures}))
+        say("measured: " + ", ".join(f"{name} {value:.4g}" for name, value in figures.items()))
+        return figures
+
+    def inputs() -> dict[str, Any]:
+        judges = {name: judge_facts(block) for name, block in settings.measure.items()}
+        return {"judges": judges, "answers": sha256_of(answers / MANIFEST)}
+
+    if not settings.measure:
+        return []
+    told = f"{', '.join(settings.measure)} of the held-out answers"
+    return [MakeStage(f"measured-{number}", folder, make, {}, on_every_rank=True, inputs=inputs, summary=told)]
 
 
 def _read_by_answers(recipe: Recipe) -> dict[str, Any]:
@@ -102,14 +177,19 @@ def report_stage(recipe: Recipe, settings: RoundSettings, title: str) -> MakeSta
         from prefopt.procedures.answers import report
 
         recipe.dump(folder / "recipe.yaml")  # that of the run folder is the last round's alone
-        return report(recipe, settings, folder, title)
+        rows = report(recipe, settings, folder, title)
+        push_again(Path(recipe.output_dir), recipe.training)
+        return rows
 
-    return MakeStage("report", folder, make, {"rounds": settings.rounds})
+    told = "the models of all rounds side by side, in results.json, README.md and plots/rounds.png"
+    return MakeStage("report", folder, make, {"rounds": settings.rounds}, summary=told)
 
 
-def supervised_start(recipe: Recipe, data: Path) -> tuple[Stage, Recipe]:
+def supervised_start(around: Surroundings, data: Path) -> tuple[Stage, Recipe]:
     """A supervised stage on the data's own answers, and the recipe with the model it leaves."""
+    recipe = around.recipe
     files = {"train": str(data / SUPERVISED), **({"test": str(data / TEST)} if recipe.evaluates else {})}
     given = dict(recipe.procedure["start"] or {})
     start, _ = with_start(recipe.replace(data_from(files)), given)
+    start = replace(start, most_rows=around.most_rows)
     return start, recipe.replace(model_name_or_path=str(start.folder), from_scratch=None, model_revision=None)

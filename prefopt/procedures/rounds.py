@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from prefopt.errors import RecipeError
 from prefopt.generation.sampling import Sampling
+from prefopt.judges import check_judge
 from prefopt.losses import get
 from prefopt.losses.knobs import knobs_of
 from prefopt.procedures.stage import refuse_unknown
@@ -35,7 +36,9 @@ class RoundSettings:
     `prompts`: how many of the data are used, all when None; `eval_prompts`: how many of the held-out ones answers are
     measured on. The next five say how answers are drawn; `use_vllm`: by vLLM, with the next two for its memory
     (`vllm_max_model_length`: of prompt and answer, the model's own limit when None). `beta`, `learning_rate` and
-    `num_train_epochs` hold a value for each round; the last one goes on.
+    `num_train_epochs` hold a value for each round; the last one goes on. `measure`: judges by names of yours,
+    `{kindness: {function: ...}}`; their mean scores of the answers to held-out prompts are figures of each round, and
+    nothing is trained on them.
     """
 
     rounds: int = 3
@@ -52,6 +55,7 @@ class RoundSettings:
     beta: tuple[float, ...] = ()
     learning_rate: tuple[float, ...] = ()
     num_train_epochs: tuple[float, ...] = ()
+    measure: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name in _COUNTS:
@@ -67,11 +71,26 @@ class RoundSettings:
         for name in ("top_p", "vllm_gpu_memory_utilization"):
             if not 0 < getattr(self, name) <= 1:
                 raise RecipeError(f"procedure.{name}: must be above 0 and at most 1.")
+        if not isinstance(self.measure, dict) or not all(str(name).isidentifier() for name in self.measure):
+            raise RecipeError("procedure.measure: must be judges by name. Write measure: {kindness: {function: ...}}.")
+        for name, block in self.measure.items():
+            check_judge(block, f"measure.{name}")
+
+    @property
+    def judges(self) -> list[dict[str, Any]]:
+        """The blocks of all judges that a run opens."""
+        return list(self.measure.values())
 
     @property
     def samples(self) -> int:
         """Answers to each prompt."""
         return 1
+
+    def told_prompts(self, *, train: bool) -> str:
+        """The prompts that answers are sampled to, in words."""
+        held_out = f"at most {self.eval_prompts} held-out prompts"
+        own = f"at most {self.prompts}" if self.prompts else "all"
+        return f"{own} and {held_out}" if train else held_out
 
     def sampling(self, round: int, seed: int) -> Sampling:
         """How the answers of a round are drawn."""
@@ -162,6 +181,12 @@ def refuse_other_reference(recipe: Recipe) -> None:
         raise RecipeError(
             "reference.model: the reference of each round is the model that the round starts from. Remove it."
         )
+
+
+def refuse_unmeasured(recipe: Recipe, settings: RoundSettings) -> None:
+    """Raise `RecipeError` for something to measure and no held-out prompts to measure it on."""
+    if settings.measure and not recipe.evaluates:
+        raise RecipeError("procedure.measure: needs held-out rows. Write test_split_size: 200, or name a test file.")
 
 
 def refuse_no_data(recipe: Recipe) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from prefopt.procedures.stage import Stage, TrainStage, procedure, refuse_unknown
@@ -20,9 +21,14 @@ def single(recipe: Recipe) -> Sequence[Stage]:
     return with_start(recipe, recipe.procedure["start"] or {})
 
 
-def with_start(recipe: Recipe, start: dict[str, object]) -> list[Stage]:
+def start_folder(recipe: Recipe) -> Path:
+    """Where the supervised stage leaves its model."""
+    return Path(recipe.output_dir) / "start"
+
+
+def with_start(recipe: Recipe, start: dict[str, object]) -> list[TrainStage]:
     """A supervised stage in `<output_dir>/start`, then the recipe itself from the model that stage leaves."""
-    folder = f"{recipe.output_dir}/start"
+    folder = str(start_folder(recipe))
     # A checkpoint that is named is one of the recipe's own run.
     resume = "never" if recipe.training.get("resume") == "never" else "auto"
     plain = {"loss": {"name": "sft"}, "loss_weights": None, "reference": None, "targets": None, "use_peft": False}

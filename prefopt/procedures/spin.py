@@ -22,7 +22,14 @@ from prefopt.data.formats import Example
 from prefopt.errors import RecipeError, UserError
 from prefopt.generation import read_generations
 from prefopt.procedures.pairing import TEST, TRAIN, as_answer, pair_row, read_data, usable, write_rows
-from prefopt.procedures.round_stages import answers_stage, data_stage, report_stage, supervised_start
+from prefopt.procedures.round_stages import (
+    answers_stage,
+    data_stage,
+    measured_stages,
+    report_stage,
+    supervised_start,
+    surroundings,
+)
 from prefopt.procedures.rounds import (
     BETA,
     HELD_OUT,
@@ -33,7 +40,6 @@ from prefopt.procedures.rounds import (
     answers_folder,
     check_count,
     read_settings,
-    refuse_no_data,
     refuse_other_reference,
     round_folder,
     round_recipe,
@@ -51,6 +57,7 @@ PAPER: dict[str, Any] = {
     "num_train_epochs": (2.0,),
 }
 CONTRACTS_ABOVE = 0.5
+_WHY_NONE = "every answer of the model is blank or no text, or the data's own"
 MANY_EPOCHS = 5  # passes over the same pairs from which on a round is taken to be trained to convergence
 
 
@@ -78,31 +85,36 @@ class SpinSettings(RoundSettings):
 def spin(recipe: Recipe) -> Sequence[Stage]:
     """`procedure: {name: spin, rounds: 4, ...}`: `SpinSettings`, and `start: {...}` for a supervised stage before.
 
-    The data are answers: `prompt` and `completion`, or `messages`. The stages of round t are `answers-t` (sampled, and
-    the model measured), `pairs-t` and `train-t`; after the last one the final model is measured and all is reported.
+    The data are answers: `prompt` and `completion`, or `messages`; with `world: {...}` those of the small world. The
+    stages of round t are `answers-t` (sampled, and the model measured), `measured-t` where there is something to
+    `measure`, `pairs-t` and `train-t`; after the last one the final model is measured and all is reported.
     """
-    settings = read_settings(SpinSettings, recipe, besides=("start",), defaults=PAPER)
+    settings = read_settings(SpinSettings, recipe, besides=("start", "world"), defaults=PAPER)
     refuse_other_reference(recipe)
-    refuse_no_data(recipe)
-    if recipe.model.from_scratch is not None and "start" not in recipe.procedure:
-        raise RecipeError("procedure.start: is missing. Random weights have no answers yet. Write start: {...}.")
     if not recipe.objective().paired_required:
         raise RecipeError("loss: SPIN compares two answers, and this loss reads single ones. Write loss: {name: dpo}.")
-    whole, data, rounds = recipe, Path(recipe.output_dir) / "data", settings.rounds
-    stages: list[Stage] = [data_stage(recipe, data, settings, answers=True)]
+    around, data = surroundings(recipe, settings), Path(recipe.output_dir) / "data"
+    stages: list[Stage] = [*around.before, data_stage(around.recipe, data, settings, answers=True)]
+    first = around.recipe
     if "start" in recipe.procedure:
-        start, recipe = supervised_start(recipe, data)
+        start, first = supervised_start(around, data)
         stages.append(start)
-    for number in range(rounds):
-        trained = TrainStage(f"train-{number}", round_recipe(recipe, settings, number, has_test=recipe.evaluates))
+    for number in range(settings.rounds):
+        own = round_recipe(first, settings, number, has_test=first.evaluates)
+        most = settings.prompts and settings.prompts * len(settings.window(number))
+        trained = TrainStage(f"train-{number}", own, most_rows=most)
         stages += [
-            answers_stage(recipe, data, settings, number),
-            _pairs_stage(recipe, trained.recipe, data, settings, number),
+            answers_stage(first, data, settings, number),
+            *measured_stages(first, settings, number),
+            _pairs_stage(first, trained.recipe, data, settings, number),
             trained,
         ]
-    if recipe.evaluates:
-        stages.append(answers_stage(recipe, data, settings, rounds))
-    return [*stages, report_stage(whole, settings, "SPIN")]
+    if first.evaluates:
+        stages += [
+            answers_stage(first, data, settings, settings.rounds),
+            *measured_stages(first, settings, settings.rounds),
+        ]
+    return [*stages, report_stage(recipe, settings, "SPIN"), *around.after]
 
 
 def _pairs_stage(recipe: Recipe, trained: Recipe, data: Path, settings: SpinSettings, number: int) -> MakeStage:
@@ -113,7 +125,9 @@ def _pairs_stage(recipe: Recipe, trained: Recipe, data: Path, settings: SpinSett
         return make_pairs(recipe, data, folder, settings, number)
 
     facts = {"window": list(settings.window(number)), "append_eos_to_truncated": settings.append_eos_to_truncated}
-    return MakeStage(f"pairs-{number}", folder, make, facts)
+    rounds = ", ".join(f"answers-{source}" for source in settings.window(number))
+    told = f"pairs of the data's answers and the model's own, of {rounds}"
+    return MakeStage(f"pairs-{number}", folder, make, facts, summary=told)
 
 
 def make_pairs(recipe: Recipe, data: Path, folder: Path, settings: SpinSettings, number: int) -> dict[str, int]:
@@ -130,12 +144,17 @@ def make_pairs(recipe: Recipe, data: Path, folder: Path, settings: SpinSettings,
         counts["of earlier rounds"] += len(made) if source < number else 0
         rows += made
     if not rows:
-        raise UserError(f"round {number}: no pair could be made: the answers of the model are empty, or the data's own")
+        raise UserError(
+            f"round {number}: no pair could be made: {_WHY_NONE}. Look at them in {answers_folder(recipe, number)}"
+        )
     write_rows(folder / PAIRS, rows)
     counts["pairs"] = len(rows)
     if (data / TEST).is_file():
         records = read_generations(answers_folder(recipe, number) / HELD_OUT)
-        write_rows(folder / TEST_PAIRS, _pairs(read_data(data / TEST), records, number, settings, Counter()))
+        held_out = _pairs(read_data(data / TEST), records, number, settings, Counter())
+        if not held_out:
+            raise UserError(f"round {number}: no held-out pair could be made: {_WHY_NONE}. Raise eval_prompts")
+        write_rows(folder / TEST_PAIRS, held_out)
     say(f"round {number}: " + ", ".join(f"{count:,} {name}" for name, count in counts.items() if count))
     write_rows(folder / "counts.json", [dict(counts)])
     return dict(counts)

@@ -15,10 +15,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TrainStage:
-    """One training run: a recipe whose model, data and output folder are this stage's own."""
+    """One training run: a recipe whose model, data and output folder are this stage's own.
+
+    `most_rows`: how many rows an earlier stage will make for it at most, where the plan knows.
+    """
 
     name: str
     recipe: Recipe
+    most_rows: int | None = None
 
     @property
     def folder(self) -> Path:

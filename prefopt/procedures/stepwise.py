@@ -38,7 +38,7 @@ from prefopt.procedures.chunks import (
 from prefopt.procedures.easiness import LENGTHS, easiness
 from prefopt.procedures.inputs import contents_of
 from prefopt.procedures.single import with_start
-from prefopt.procedures.small_world import small_world
+from prefopt.procedures.small_world import Surroundings, with_pairs
 from prefopt.procedures.stage import MakeStage, Stage, TrainStage, procedure, refuse_unknown
 from prefopt.recipe.sections import DataSection, ModelSection
 
@@ -82,7 +82,8 @@ def stepwise(recipe: Recipe) -> Sequence[Stage]:
     chunks are written to `<output_dir>/chunks`; the last step's model lies in `output_dir` itself.
     """
     refuse_unknown(recipe, "chunks", "order", "length", "start", "world", *PER_STEP)
-    before, base, after = _surroundings(recipe)
+    around = _surroundings(recipe)
+    base = around.recipe
     plan = _settings(recipe, base)
     folder = Path(recipe.output_dir) / "chunks"
     written = {name: recipe.procedure.get(name) for name in ("chunks", "order", "length")}
@@ -104,7 +105,7 @@ def stepwise(recipe: Recipe) -> Sequence[Stage]:
         on_every_rank=True,
         summary="what each step's start model made of its chunk: one forward pass over the rows",
     )
-    return [*before, chunks, *steps, report, *after]
+    return [*around.before, chunks, *steps, report, *around.after]
 
 
 def make_chunks(recipe: Recipe, plan: Plan, folder: Path) -> dict[str, Any]:
@@ -143,23 +144,19 @@ def make_chunks(recipe: Recipe, plan: Plan, folder: Path) -> dict[str, Any]:
     return made
 
 
-def _surroundings(recipe: Recipe) -> tuple[list[Stage], Recipe, list[Stage]]:
-    """The stages before the steps, the recipe from the model and data that they leave, and those after the steps."""
+def _surroundings(recipe: Recipe) -> Surroundings:
+    """What stands around the steps: the small world, a supervised start, or nothing."""
     given = recipe.procedure
     if "world" in given:
-        block = {"name": "small_world", "world": given["world"], "start": given.get("start") or {}}
-        *before, main, compare = small_world(recipe.replace(procedure=block))
-        assert isinstance(main, TrainStage)
-        return before, main.recipe, [compare]
+        return with_pairs(recipe)
     if not any((recipe.data.dataset_name, recipe.data.data_files, recipe.data.datasets)):
         raise RecipeError("dataset_name: is missing. Write dataset_name, or data_files: [easy.jsonl, hard.jsonl].")
     if "start" in given:
         start, main = with_start(recipe, given["start"] or {})
-        assert isinstance(main, TrainStage)
-        return [start], main.recipe, []
+        return Surroundings([start], main.recipe, [])
     if recipe.model.from_scratch is not None:
         raise RecipeError("from_scratch: the steps need a model that has learnt something. Write procedure.start.")
-    return [], recipe.replace(procedure={}), []
+    return Surroundings([], recipe.replace(procedure={}), [])
 
 
 def _settings(recipe: Recipe, base: Recipe) -> Plan:

@@ -11,6 +11,7 @@ from accelerate import PartialState
 
 from prefopt.console import say
 from prefopt.data.sources import load_examples
+from prefopt.hub.pushes import push_again
 from prefopt.procedures.chunks import REPORT
 from prefopt.procedures.easiness import easiness
 from prefopt.procedures.measuring import answer_gaps
@@ -45,6 +46,7 @@ def report(recipe: Recipe, steps: Sequence[TrainStage], chunks: Path, length: st
     table = steps_table(entries)
     if PartialState().is_main_process:
         _write(recipe, entries, table)
+        push_again(Path(recipe.output_dir), recipe.training)
     say("", *table)
     return entries
 

@@ -81,6 +81,9 @@ class Identity:
     about: dict[str, Any]
 
 
+FLAT = "FSDP 1 hides the weights of a model in flat pieces: set `fsdp_version: 2`"
+
+
 def identify(
     model: nn.Module, *, adapter: str | Below | None = None, compute_dtype: torch.dtype | None = None
 ) -> Identity:
@@ -143,7 +146,7 @@ def _for_people(inner: PreTrainedModel) -> dict[str, Any]:
 def _refuse_unreadable(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, FullyShardedDataParallel):
-            raise UserError("FSDP 1 hides the weights of a model in flat pieces: set `fsdp_version: 2`")
+            raise UserError(FLAT)
         if isinstance(module, BaseTunerLayer) and module.merged:
             raise UserError("an adapter is merged into the weights of the model: call its `unmerge_adapter()` first")
 

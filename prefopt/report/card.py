@@ -273,7 +273,7 @@ def _again(recipe: Mapping[str, Any], plugins: Sequence[str]) -> str:
     command = " ".join(["prefopt train recipe.yaml", *(f"--plugin {PLUGINS}/{name}" for name in plugins)])
     lines = [f"`{command}` makes this model again, from the same data."]
     if plugins:
-        lines.append(f"The run folder keeps the code of its loss in `{PLUGINS}/`; a push leaves it there.")
+        lines.append(f"The run folder keeps the code it was run with in `{PLUGINS}/`; a push leaves it there.")
     parts = [recipe, *(recipe.get("datasets") or []), *(recipe.get("targets") or [])]
     if files := [f"`{name}`" for part in parts for name in _names(part.get("data_files")) if "://" not in name]:
         lines.append(f"Run it in the folder that has {', '.join(files)}, with the path of the recipe.")

@@ -19,7 +19,8 @@ from prefopt.world.reward import reward
 from prefopt.world.sampling import SampledPairs, measure, sample_pairs
 
 HELD_OUT = 512
-TEXTS, PAIRS, EVAL_PAIRS, COMPARISON = "texts.jsonl", "pairs.jsonl", "eval_pairs.jsonl", "comparison.json"
+TEXTS, HELD_OUT_TEXTS, COMPARISON = "texts.jsonl", "held_out_texts.jsonl", "comparison.json"
+PAIRS, EVAL_PAIRS = "pairs.jsonl", "eval_pairs.jsonl"
 
 
 @dataclass(frozen=True)
@@ -60,16 +61,22 @@ def held_out_prompts() -> list[str]:
 def write_texts(path: Path, n: int, seed: int) -> None:
     """Write `n` reviews as JSON lines `{"prompt", "completion", "label": true}`, the same for the same seed."""
     rng = random.Random(seed)
-    prompts = rng.choices(training_prompts(), k=n)
-    reviews = ((prompt, write_review(prompt, rng)) for prompt in prompts)
-    _write_rows(path, ({"prompt": prompt, "completion": review, "label": True} for prompt, review in reviews))
+    _write_reviews(path, rng.choices(training_prompts(), k=n), rng)
+
+
+def write_held_out_texts(path: Path, n: int, seed: int) -> None:
+    """Write reviews of the first `n` held-out openings, one each, in the form of `write_texts`."""
+    _write_reviews(path, held_out_prompts()[:n], random.Random(f"held out {seed}"))
 
 
 def make_texts(folder: Path, settings: WorldSettings) -> Path:
-    """Write the reviews the base model learns from to `texts.jsonl` in `folder`; the path."""
-    path = folder / TEXTS
-    write_texts(path, settings.texts, settings.seed)
-    return path
+    """Write the reviews the base model learns from to `texts.jsonl` in `folder`, and held-out ones; the path.
+
+    Those of held-out openings lie in `held_out_texts.jsonl`.
+    """
+    write_texts(folder / TEXTS, settings.texts, settings.seed)
+    write_held_out_texts(folder / HELD_OUT_TEXTS, settings.eval_prompts, settings.seed)
+    return folder / TEXTS
 
 
 def make_pairs(model_dir: Path, folder: Path, settings: WorldSettings) -> dict[str, int]:
@@ -150,6 +157,11 @@ def _answer_lines(label: str, sample: dict[str, Any], width: int) -> list[str]:
     head = f"  {label:<7}{sample['reward']:>+6.2f}  "
     lines = textwrap.wrap(sample["answer"], width, initial_indent=head, subsequent_indent=" " * len(head))
     return lines or [head]
+
+
+def _write_reviews(path: Path, prompts: Iterable[str], rng: random.Random) -> None:
+    reviews = ((prompt, write_review(prompt, rng)) for prompt in prompts)
+    _write_rows(path, ({"prompt": prompt, "completion": review, "label": True} for prompt, review in reviews))
 
 
 def _write_rows(path: Path, rows: Iterable[dict[str, Any]]) -> None:

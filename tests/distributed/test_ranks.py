@@ -5,9 +5,6 @@ from __future__ import annotations
 import json
 import re
 import shutil
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -17,10 +14,10 @@ from prefopt.data import drafting
 from prefopt.errors import UserError
 from tests.distributed.worker import CASES, RESUMED, logged, resume, run
 from tests.helpers import text_pairs
+from tests.launching import on_two_ranks
 from tests.training import make_trainer
 
 OF_THE_SPLIT = {"padding", "unique_tokens"}  # figures that say how rows were laid out, not what came of them
-ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -33,10 +30,7 @@ def ranks_folder(tmp_path_factory):
 def two_ranks(ranks_folder):
     """What each of two gloo ranks found for every case; a hang is a failure."""
     folder = ranks_folder
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command = [*launch, "-m", "tests.distributed.worker", str(folder)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    on_two_ranks("-m", "tests.distributed.worker", str(folder))
     return [torch.load(folder / f"rank{rank}.pt", weights_only=False) for rank in range(2)]
 
 

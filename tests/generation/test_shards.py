@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -18,8 +16,8 @@ from prefopt.generation.sampling import DrawTokens
 from prefopt.generation.shards import MANIFEST, content_of, shard_name
 from prefopt.reference.identity import identify
 from tests.helpers import make_model, make_tokenizer, text_pairs
+from tests.launching import on_two_ranks
 
-ROOT = Path(__file__).resolve().parents[2]
 SAMPLING = Sampling(samples_per_prompt=2, max_new_tokens=10, seed=3)
 PROMPTS = [row["prompt"] for row in text_pairs(11)]
 
@@ -149,10 +147,7 @@ def test_an_answer_depends_on_its_prompt_alone(model, tmp_path):
 
 
 def test_two_ranks_write_the_same_bytes_as_one(tmp_path):
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command = [*launch, "-m", "tests.generation.worker", str(tmp_path / "two")]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
+    on_two_ranks("-m", "tests.generation.worker", str(tmp_path / "two"))
     write(tmp_path / "one", make_model(vocab_size=len(make_tokenizer())))
     by_rank = json.loads((tmp_path / "two.json").read_text())
     assert by_rank == [[0, 2, 4], [1, 3, 5]]

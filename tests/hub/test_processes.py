@@ -12,9 +12,10 @@ import pytest
 
 from tests.hub.runs import LORA, MODEL, REPORT, TOKENIZER, make_folder
 from tests.hub.server import TOKEN, Hub
+from tests.launching import TWO_RANKS
 
 ROOT = Path(__file__).resolve().parents[2]
-TWO_RANKS = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(ROOT / "scripts" / "train.py"))
+TRAIN = (*TWO_RANKS, str(ROOT / "scripts" / "train.py"))
 PUSH = ("my.yaml", "--push_to_hub", "true", "--hub_model_id", "me/first", "--hub_strategy", "checkpoint")
 
 READ = """
@@ -71,13 +72,13 @@ def weights(python, name: str) -> bytes:
 
 
 def test_on_two_ranks_one_pushes_and_none_waits(hub, python):
-    said = python(*TWO_RANKS, *PUSH)
+    said = python(*TRAIN, *PUSH)
     assert said.count("push: the model is on the Hub") == 1
     assert set(MODEL + TOKENIZER + REPORT) <= set(hub.files("me/first"))
     ranks = {name for name in hub.files("me/first") if name.startswith(("last-checkpoint/rng", "last-checkpoint/log"))}
     assert len(ranks) == 4
     hub.may_write = False
-    said = python(*TWO_RANKS, *PUSH, "--output_dir", "runs/second")
+    said = python(*TRAIN, *PUSH, "--output_dir", "runs/second")
     assert said.count("push: the model is not on the Hub: the token may not write to me/first (403)") == 1
     assert weights(python, "runs/first") == weights(python, "runs/second")
 

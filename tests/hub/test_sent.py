@@ -15,6 +15,7 @@ from prefopt.checkpoints import problem
 from prefopt.hub.files import hold
 from prefopt.hub.pushes import read_record
 from prefopt.models import load_model
+from tests.helpers import text_pairs
 from tests.hub.runs import (
     ADAPTER,
     LORA,
@@ -46,6 +47,18 @@ def test_a_run_from_a_recipe_leaves_its_model_and_report(here, hub, tmp_path, ca
     ours, theirs = (AutoModelForCausalLM.from_pretrained(path) for path in (folder, copy))
     ids = torch.arange(5, 25)[None]
     assert torch.equal(ours(ids).logits, theirs(ids).logits)
+
+
+def test_the_report_that_comes_after_the_training_is_sent_as_well(here, hub):
+    """The last stage of rounds that trains has pushed before it."""
+    block = "{name: spin, rounds: 1, max_new_tokens: 4, beta: 1.0}"
+    rows = [{"prompt": row["prompt"], "completion": row["chosen"]} for row in text_pairs(12)]
+    Path("answers.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    folder = train(*PUSH, "--data_files", "answers.jsonl", "--loss", "{name: dpo}", "--procedure", block)
+    files = hub.files("me/first")
+    assert b"## Rounds" in files["README.md"]
+    assert files["results.json"] == (folder / "results.json").read_bytes()
+    assert hub.commits("me/first")[-1] == "Report of all stages"
 
 
 def test_an_adapter_is_pushed_as_an_adapter(here, hub, tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import re
 import sys
 from urllib.parse import urlsplit
@@ -15,6 +16,9 @@ from prefopt.judges import check_judge, judge_facts, open_judge
 from prefopt.judges.command import CONSENT
 from prefopt.judges.endpoint import HOST, KEY
 from prefopt.losses import load_plugin
+from prefopt.world.grammar import write_review
+from prefopt.world.reward import reward
+from prefopt.world.stages import held_out_prompts
 from tests.helpers import make_tokenizer
 from tests.judges.server import Endpoint
 
@@ -50,10 +54,11 @@ def judge_at(endpoint: Endpoint, **settings):
     ("block", "said"),
     [
         (None, "procedure.judge: is missing"),
-        ({}, "needs one of function, command, reward_model, endpoint, and has 0"),
+        ({}, "needs one of function, command, reward_model, endpoint, world, and has 0"),
         ({"function": "a:b", "command": "x"}, "has 2"),
         ({"endpoint": "http://x", "modle": "m"}, "Did you mean `model`"),
         ({"endpoint": "http://x"}, "procedure.judge.model: is missing"),
+        ({"world": "kindness"}, "procedure.judge.world: `kindness` is no figure of the small world. It has reward, gr"),
     ],
 )
 def test_blocks_that_are_no_judge_are_refused(block, said):
@@ -264,3 +269,19 @@ def test_an_endpoint_that_stays_away_is_told(endpoint, faults, settings, said):
 def test_an_endpoint_is_an_address():
     with pytest.raises(UserError, match="is no address"):
         open_judge({"endpoint": "localhost", "model": "m"})
+
+
+def test_the_small_world_judges_by_its_reward_and_its_grammar():
+    prompt = held_out_prompts()[0]
+    review = write_review(prompt, random.Random(0))
+    answers = [review, review + " and"]
+    assert open_judge({"world": "reward"}).scores(prompt, answers) == [reward(prompt, answer) for answer in answers]
+    assert open_judge({"world": "grammatical"}).scores(prompt, answers) == [1.0, 0.0]
+    whole, part = open_judge({"world": "sentences"}).scores(prompt, answers)
+    assert whole == 1.0 > part > 0.0
+
+
+@pytest.mark.parametrize("prompt", ["a cat", [{"role": "user", "content": "a cat"}]])
+def test_the_grammar_judges_answers_to_its_own_openings_alone(prompt):
+    with pytest.raises(UserError, match="judges answers to the openings of its own `world`"):
+        open_judge({"world": "grammatical"}).scores(prompt, [" sat"])

@@ -118,6 +118,7 @@ def test_the_shipped_recipe_has_the_authors_settings_and_needs_no_data():
         ({"data_files": "null"}, "dataset_name: is missing"),
         ({"loss": "{name: kto}"}, "reads single answers"),
         ({"more": ", use_vllm: true"}, r"procedure\.use_vllm: has no effect"),
+        ({"more": ", measure: {kind: {world: reward}}"}, r"procedure\.measure: has no effect"),
     ],
 )
 def test_mistakes_are_refused_before_anything_runs(tmp_path, changes, said):

@@ -101,6 +101,11 @@ def test_pairs_are_the_best_against_the_worst_that_ended(finished):
     assert {row["prompt"] for row in pairs} == differ
 
 
+def test_the_judges_code_is_kept_with_the_run(finished):
+    assert (finished / "plugins" / "my_judge.py").read_text() == JUDGE
+    assert "--plugin plugins/my_judge.py" in (finished / "README.md").read_text()
+
+
 def test_the_report_has_the_judges_scores(finished):
     rows = json.loads((finished / "results.json").read_text())["rounds"]
     assert [row["round"] for row in rows] == [0, 1, 2]
@@ -119,11 +124,11 @@ def test_a_run_that_was_killed_while_judging_goes_on_and_judges_nothing_twice(fi
     recipe, judged, stock = recipe_in(tmp_path), [], judging._judged
     limit = [6]
 
-    def counted(judge, records):
+    def counted(judge, records, **options):
         if len(judged) == limit[0]:
             raise Killed
         judged.append(records[0]["prompt"])
-        return stock(judge, records)
+        return stock(judge, records, **options)
 
     monkeypatch.setattr(judging, "_judged", counted)
     with pytest.raises(Killed):

@@ -81,10 +81,24 @@ def test_an_adapter_on_random_weights_needs_a_start(tmp_path):
     assert main.recipe.model.use_peft
 
 
-def test_the_shipped_spin_recipe_is_the_papers():
+def test_the_shipped_spin_recipe_is_the_papers_without_what_the_small_world_needs():
     """Settings of the paper and of the authors' scripts: four rounds, the pairs of two, the last far closer."""
-    stages = [stage for stage in make_plan(load_recipe("spin")) if isinstance(stage, TrainStage)]
+    recipe = load_recipe("spin")
+    of_the_world = ("world", "start", "measure", "rounds", "beta", "learning_rate", "num_train_epochs")
+    block = {name: value for name, value in recipe.procedure.items() if name not in of_the_world}
+    model, data = {"from_scratch": None, "model_name_or_path": "mine"}, {"data_files": {"train": "a", "test": "b"}}
+    stages = make_plan(recipe.replace({**model, **data, "procedure": block}))
+    stages = [stage for stage in stages if isinstance(stage, TrainStage)]
     assert [stage.recipe.loss[0].knobs["beta"] for stage in stages] == [0.1, 0.1, 0.1, 5.0]
     assert [stage.recipe.training["learning_rate"] for stage in stages] == [5e-7, 5e-7, 1e-7, 1e-7]
     assert {stage.recipe.training["num_train_epochs"] for stage in stages} == {2.0}
-    assert {stage.recipe.training["optim"] for stage in stages} == {"rmsprop"}
+    assert {stage.recipe.training["lr_scheduler_type"] for stage in stages} == {"linear"}
+
+
+@pytest.mark.parametrize("name", ["spin", "online", "stepwise"])
+def test_the_shipped_recipes_of_several_stages_need_nothing_of_the_users(name):
+    """Their data are made by the first stage, and the true reward is compared by the last."""
+    recipe = load_recipe(name)
+    assert recipe.model.model_name_or_path is None
+    first, *_, last = make_plan(recipe)
+    assert (first.name, last.name) == ("texts", "compare")

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import shutil
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -15,20 +13,20 @@ from safetensors.torch import load_file
 
 from prefopt.errors import RecipeError, UserError
 from prefopt.generation import shards
-from prefopt.losses import names
+from prefopt.losses import load_plugin, names
 from prefopt.models import load_model
 from prefopt.procedures import MakeStage, TrainStage, make_plan, run_plan
 from prefopt.procedures.inputs import inputs_of
-from prefopt.procedures.pairing import read_data
+from prefopt.procedures.pairing import read_data, usable
 from prefopt.procedures.rounds import BETA
 from prefopt.procedures.spin import PAPER
 from prefopt.recipe import load_recipe
 from prefopt.reference.identity import identify
 from prefopt.reference.record import record_reference
 from tests.helpers import make_model, make_tokenizer
+from tests.launching import on_two_ranks
 from tests.procedures.spinning import prepare, rows_of, spin
 
-ROOT = Path(__file__).resolve().parents[2]
 WEIGHTS = "model.safetensors"
 
 
@@ -241,6 +239,22 @@ def test_the_first_round_is_a_plain_run_on_its_pairs(finished, tmp_path):
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
+def test_what_is_measured_is_a_figure_of_each_round_and_trains_nothing(finished, tmp_path):
+    """The mean over all held-out answers, those that were cut off among them."""
+    (tmp_path / "length.py").write_text("def length(prompt, answer):\n    return len(answer)\n")
+    load_plugin(tmp_path / "length.py")
+    spin(prepare(tmp_path), "--procedure.measure", "{characters: {function: length.py:length}}")
+    run = tmp_path / "run"
+    for number, row in enumerate(json.loads((run / "results.json").read_text())["rounds"]):
+        shards = sorted((run / f"round-{number}" / "answers" / "held_out").glob("shard-*.jsonl"))
+        lengths = [len(answer["text"]) for shard in shards for answer in rows_of(shard) if usable(answer["text"])]
+        assert row["measured/characters"] == pytest.approx(sum(lengths) / len(lengths))
+        assert row["held_out/unfinished"] > 0
+    assert "| round | characters |" in (run / "README.md").read_text()
+    ours, theirs = load_file(run / WEIGHTS), load_file(finished / WEIGHTS)
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
 class Killed(BaseException):
     """Stands for a signal that leaves no time to tidy up."""
 
@@ -406,6 +420,22 @@ def test_many_epochs_at_a_small_beta_are_warned_of(tmp_path, capsys):
     )
 
 
+@pytest.mark.parametrize(("part", "said"), [("own", "no pair could"), ("held_out", "no held-out pair could")])
+def test_a_round_without_a_single_usable_answer_is_refused(tmp_path, part, said):
+    recipe = load_recipe(prepare(tmp_path))
+    *before, pairs = make_plan(recipe)[:3]
+    run_plan(before)
+    answers = tmp_path / "run" / "round-0" / "answers" / part
+    manifest = json.loads((answers / "manifest.json").read_text())
+    for name in manifest["shards"]:
+        text = "".join(json.dumps({**row, "text": " "}) + "\n" for row in rows_of(answers / name))
+        (answers / name).write_text(text)
+        manifest["shards"][name] = hashlib.sha256(text.encode()).hexdigest()
+    (answers / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match=f"round 0: {said}"):
+        pairs.make()
+
+
 def test_conversations_are_rendered_alike_for_sampling_and_training(tmp_path):
     file = prepare(tmp_path, chat=True)
     spin(file, "--procedure.rounds", "1", "--procedure.beta", "1.0", "--procedure.learning_rate", "1e-3")
@@ -442,10 +472,7 @@ def test_an_adapter_goes_on_and_its_start_is_the_reference(tmp_path):
 def test_two_ranks_sample_the_same_answers_and_train_the_same_models(finished, tmp_path):
     """Rounds sample from models that agree up to rounding, so answers of round 1 might differ; here none does."""
     file = prepare(tmp_path)
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command = [*launch, "scripts/train.py", str(file), "--per_device_train_batch_size", "2"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
+    on_two_ranks("scripts/train.py", str(file), "--per_device_train_batch_size", "2")
     for number in range(2):
         for shard in (finished / f"round-{number}" / "answers" / "own").glob("shard-*.jsonl"):
             theirs = rows_of(tmp_path / "run" / f"round-{number}" / "answers" / "own" / shard.name)

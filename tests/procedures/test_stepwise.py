@@ -7,6 +7,7 @@ import math
 import shutil
 from itertools import chain
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,10 +16,10 @@ from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback
 
 from prefopt import cli
-from prefopt.errors import RecipeError
+from prefopt.errors import RecipeError, UserError
 from prefopt.models import load_model
 from prefopt.procedures import MakeStage, TrainStage, make_plan, run_plan
-from prefopt.procedures.lineage import LINEAGE, lineage_of, read_lineage
+from prefopt.procedures.lineage import LINEAGE, Lineage, lineage_of, read_lineage
 from prefopt.recipe import load_recipe
 from prefopt.reference.identity import identify
 from prefopt.reference.live import AdapterOff
@@ -323,6 +324,14 @@ def test_any_loss_over_pairs(here, loss):
     record = read_lineage(Path("run"))
     assert record["start"]["weights"] == read_lineage(Path("run/step-1"))["left"]["weights"]
     assert (record["reference"] is None) == (loss == "simpo")
+
+
+def test_flat_weights_are_refused_before_the_first_step(tmp_path):
+    """FSDP 1 wraps the model when training begins, and what a stage left could not be identified at its end."""
+    plugin = SimpleNamespace(fsdp_version=1)
+    trainer = SimpleNamespace(accelerator=SimpleNamespace(state=SimpleNamespace(fsdp_plugin=plugin)))
+    with pytest.raises(UserError, match="set `fsdp_version: 2`"):
+        Lineage(tmp_path, None, fresh_adapter=False, from_start=True).begin(trainer)
 
 
 # ---- stopping and going on ------------------------------------------------------------------------------------------

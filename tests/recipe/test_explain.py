@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
+import yaml
 from transformers import AutoModelForCausalLM
 
 from prefopt.errors import RecipeError
 from prefopt.explain import count_rows, explain, measure_model, memory_parts
 from prefopt.forecast import Sizes, reference_bytes, reference_plan
 from prefopt.models import adapter_config
+from prefopt.procedures import make_plan
 from prefopt.recipe import Recipe, load_recipe
 from tests import helpers
 
@@ -180,3 +183,28 @@ def test_what_an_earlier_stage_makes_is_not_known_before(load, tmp_path):
     )
     assert text.count("cost: known when the stages before it have made the data") == 2
     assert f"model: {tmp_path}/step-1" in text and f"data: {tmp_path}/chunks/chunk-2.jsonl" in text
+
+
+@pytest.mark.parametrize("name", ["spin", "online", "stepwise", "quickstart"])
+def test_every_stage_of_the_shipped_runs_says_what_it_makes_or_costs(name):
+    text = explain(load_recipe(name))
+    told = text.split("\nStages\n")[1].split("\n\n")[0]
+    stages = re.split(r"^\d+\. ", told, flags=re.MULTILINE)[1:]
+    assert len(stages) == len(make_plan(load_recipe(name)))
+    assert all("\n   makes: " in stage or "\n   cost: " in stage for stage in stages)
+    assert ("Rows and steps" not in text and "of each stage the model it starts from" in text) or name == "quickstart"
+
+
+def test_the_rounds_of_spin_are_counted_before_anything_is_made():
+    """1,500 pairs in the first round and twice as many later, two epochs of sixteen each."""
+    text = explain(load_recipe("spin"))
+    first, *later = re.findall(r"cost: at most (\d+) rows, steps: .* (\d+) in all", text)[1:]
+    assert (first, set(later)) == (("1500", "188"), {("3000", "376")})
+
+
+def test_settings_that_no_stage_has_are_not_shown_as_the_recipes():
+    """The rounds have a rate and epochs of their own, and a beta."""
+    shown = yaml.safe_load(explain(load_recipe("spin")).split("\n\nLosses")[0].split("---\n")[1])
+    assert shown["loss"] == {"name": "dpo"}
+    assert not {"learning_rate", "num_train_epochs"} & set(shown)
+    assert shown["warmup_steps"] == 0.1

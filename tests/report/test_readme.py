@@ -87,7 +87,8 @@ def test_an_old_part_is_noticed_and_rewritten(tmp_path, monkeypatch, capsys):
     assert (new.startswith("before\n"), new.endswith("\nafter\n")) == (True, True)
 
 
-OF_PROCEDURES = {"spin_rounds", "easy_to_hard"}  # claims of how a model is trained over several rounds, not of a loss
+# Claims of how a model is trained over several rounds, not of a loss.
+OF_PROCEDURES = {"spin_rounds", "spin_reviews", "easy_to_hard", "stepwise_reviews"}
 
 
 def test_evidence_is_of_losses_and_tests_that_there_are():

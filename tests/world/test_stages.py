@@ -11,6 +11,7 @@ from prefopt.data.spec import DataSpec
 from prefopt.errors import UserError
 from prefopt.scratch import build_model, train_tokenizer
 from prefopt.world import stages
+from prefopt.world.grammar import is_grammatical
 from prefopt.world.stages import (
     WorldSettings,
     compare,
@@ -64,6 +65,13 @@ def test_texts_are_rows_the_loader_reads_and_follow_the_seed(tmp_path):
     assert all(example.desirable and example.prompt in training_prompts() for example in loaded.examples)
     assert make_texts(tmp_path, SETTINGS).read_bytes() == first
     assert make_texts(tmp_path, WorldSettings(texts=40, seed=1)).read_bytes() != first
+
+
+def test_held_out_reviews_are_of_openings_that_no_text_has(tmp_path):
+    make_texts(tmp_path, SETTINGS)
+    rows = rows_of(tmp_path / stages.HELD_OUT_TEXTS)
+    assert [row["prompt"] for row in rows] == held_out_prompts()[: SETTINGS.eval_prompts]
+    assert all(is_grammatical(row["prompt"], row["completion"]) for row in rows)
 
 
 @pytest.mark.usefixtures("by_length")
