@@ -9,7 +9,6 @@ answers of the same distribution, and each gives the same ones again up to round
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import subprocess
@@ -28,6 +27,7 @@ from prefopt.errors import UserError
 from prefopt.generation.sampling import Draw, Generation, Sampling, end_ids, to_generation
 
 PYTHON = "PREFOPT_VLLM_PYTHON"
+_HAS_VLLM = "import importlib.util, sys; sys.exit(importlib.util.find_spec('vllm') is None)"
 _WORKER = Path(__file__).with_name("vllm_worker.py")
 # A launcher's description of its own processes, which vLLM would take for one of its own.
 _LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "ROLE_RANK", "MASTER_ADDR")
@@ -36,28 +36,34 @@ _TAIL = 2000
 
 
 def interpreter() -> str:
-    """The Python that has vLLM. Raises `UserError` where there is none."""
-    named = os.environ.get(PYTHON)
-    if named is None and importlib.util.find_spec("vllm") is None:
+    """The Python that has vLLM, which takes a moment to ask. Raises `UserError` where there is none."""
+    python = os.environ.get(PYTHON) or sys.executable
+    try:
+        status = subprocess.run([python, "-I", "-c", _HAS_VLLM], capture_output=True, check=False).returncode
+    except OSError as error:
+        raise UserError(f"{PYTHON}: {python} does not start: {error}") from error
+    if status:
         raise UserError(
-            "procedure.use_vllm: vLLM is not installed here. Install it, or name the Python of an environment that has "
-            f"it: {PYTHON}=/path/to/bin/python"
+            f"procedure.use_vllm: {python} has no vLLM. Name the Python of an environment that has it: "
+            f"{PYTHON}=/path/to/bin/python"
         )
-    return named or sys.executable
+    return python
 
 
 class VLLM:
     """vLLM over the model in a folder or on the Hub; a context whose end is that of its process.
 
-    `source`: what vLLM loads, which must be the model `model`, whose end markers and precision are taken over.
-    `options`: further arguments of `vllm.LLM`. The process starts at the first answers that are asked for, on the
-    device of the rank that asks.
+    `source`: what vLLM loads, or what gives its name once it is needed; it must be the model `model`, whose end markers
+    and precision are taken over. `options`: further arguments of `vllm.LLM`. The process starts at the first answers
+    that are asked for, on the device of the rank that asks.
     """
 
-    def __init__(self, source: str, model: Any, tokenizer: PreTrainedTokenizerBase, **options: Any) -> None:
+    def __init__(
+        self, source: str | Callable[[], str], model: Any, tokenizer: PreTrainedTokenizerBase, **options: Any
+    ) -> None:
         self._python, self._tokenizer, self._ends = interpreter(), tokenizer, end_ids(model, tokenizer)
+        self._source = source
         self._arguments = {
-            "model": source,
             "dtype": str(model.dtype).removeprefix("torch."),
             "skip_tokenizer_init": True,
             "generation_config": "vllm",  # not the model's own: answers are on-policy
@@ -87,8 +93,9 @@ class VLLM:
     ) -> list[Generation]:
         """The answers to `draws`, in their order. Raises `UserError` where vLLM fails, with its last words."""
         if self._process is None:
+            source = self._source if isinstance(self._source, str) else self._source()
             self._process = self._started()
-            self._asked(self._arguments)
+            self._asked({"model": source, **self._arguments})
         params = {
             "max_tokens": sampling.max_new_tokens,
             "temperature": sampling.temperature,

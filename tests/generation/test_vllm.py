@@ -3,15 +3,21 @@
 import json
 import os
 import sys
+from contextlib import nullcontext
+from copy import deepcopy
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
+from peft.tuners.lora import LoraLayer
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from prefopt.errors import RecipeError, UserError
 from prefopt.generation import Sampling, generate, generate_to_disk, read_generations
-from prefopt.generation.vllm_engine import PYTHON, VLLM, worker_environment
+from prefopt.generation.vllm_engine import PYTHON, VLLM, interpreter, worker_environment
 from prefopt.procedures.rounds import RoundSettings
+from prefopt.procedures.sampler import opened_vllm
+from prefopt.recipe import load_recipe
 from tests.helpers import make_tokenizer
 
 PROMPTS = ["w1 w2", "w3", "w4 w5 w6 w7"]
@@ -122,18 +128,38 @@ def test_its_failure_comes_with_its_last_words(saved, stand_in, tmp_path, monkey
         generate_to_disk(model, tokenizer, PROMPTS, tmp_path / "a", GREEDY, vllm=vllm)
 
 
-def test_without_vllm_the_remedy_is_said(monkeypatch):
+@pytest.mark.parametrize(
+    ("python", "said"), [(None, f"has no vLLM. .* {PYTHON}="), ("/nowhere/python", "/nowhere/python does not start")]
+)
+def test_an_interpreter_without_vllm_is_refused_at_once(python, said, monkeypatch):
     monkeypatch.delenv(PYTHON, raising=False)
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(UserError, match=f"Install it, or name .* {PYTHON}="):
-        VLLM("m", None, make_tokenizer())
+    if python:
+        monkeypatch.setenv(PYTHON, python)
+    with pytest.raises(UserError, match=said):
+        interpreter()
 
 
-def test_an_interpreter_that_is_not_there_is_named(saved, monkeypatch):
-    monkeypatch.setenv(PYTHON, "/nowhere/python")
-    model, tokenizer, folder = saved
-    with VLLM(str(folder), model, tokenizer) as vllm, pytest.raises(UserError, match="/nowhere/python does not start"):
-        vllm.sample([], GREEDY)
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_model_with_an_adapter_is_merged_for_as_long_as_it_is_needed(saved, stand_in, tmp_path, monkeypatch, fails):
+    base, tokenizer, _ = saved
+    torch.manual_seed(5)
+    config = LoraConfig(task_type="CAUSAL_LM", init_lora_weights=False, target_modules=["q_proj", "down_proj"])
+    model = get_peft_model(deepcopy(base), config)
+    recipe = load_recipe("dpo").replace(model_name_or_path="adapter")
+    settings = RoundSettings(use_vllm=True)
+    if fails:
+        monkeypatch.setenv("FAIL", "1")
+    with (
+        pytest.raises(UserError) if fails else nullcontext(),
+        opened_vllm(recipe, settings, model, tokenizer, tmp_path / "answers") as vllm,
+    ):
+        assert not (tmp_path / "answers").exists()
+        generate_to_disk(model, tokenizer, PROMPTS, tmp_path / "answers" / "own", GREEDY, vllm=vllm)
+    assert not list((tmp_path / "answers").glob("_*"))
+    if not fails:
+        own = generate(model, tokenizer, PROMPTS, max_new_tokens=6, temperature=0)
+        assert [row["text"] for row in read_generations(tmp_path / "answers" / "own")] == [one.text for one in own]
+        assert isinstance(model.base_model.model.model.layers[0].self_attn.q_proj, LoraLayer)
 
 
 def test_its_process_has_one_device_and_no_launcher():
