@@ -199,7 +199,8 @@ class Entry:
     def _work(self, work: Callable[[Connection], T], *, writing: bool = False) -> T:
         """Do something with the file; where it is missing or damaged, make a new one and do it again."""
         if not writing:
-            with suppress(DamagedError):
+            # A file that is just being replaced can be missing for a moment; under the lock an error is one.
+            with suppress(DamagedError, UserError):
                 return self._try(work)
         # From here on nobody else can mend the file, so what is damaged now is damaged still when it is replaced.
         with self._store.lock():
