@@ -433,6 +433,52 @@ def test_weights_in_pieces_are_refused_before_anything_is_loaded(launched, tmp_p
         PreferenceConfig(output_dir=str(tmp_path), reference={"sync_steps": 2})
 
 
+EVERY_STEP = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1}
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"load_best_model_at_end": True},
+        {"load_best_model_at_end": True, "metric_for_best_model": "eval_rewards/margins"},
+        {"metric_for_best_model": "logratios/chosen"},  # early stopping reads it
+        {"metric_for_best_model": "kl_per_token/entropy"},
+        {"lr_scheduler_type": "reduce_lr_on_plateau"},
+        {"lr_scheduler_type": "greedy"},
+    ],
+)
+def test_figures_from_a_moving_reference_cannot_choose_a_step(settings, tmp_path):
+    settings = {"output_dir": str(tmp_path), **EVERY_STEP, **settings}
+    PreferenceConfig(**settings)
+    with pytest.raises(UserError, match=r"^reference: sync_steps makes figures of different steps"):
+        PreferenceConfig(**settings, reference={"sync_steps": 2})
+
+
+@pytest.mark.parametrize("metric", ["logps/chosen", "eval_logps/rejected", "eval_held_out_entropy"])
+def test_figures_that_read_no_reference_can(metric, tmp_path):
+    settings = {"output_dir": str(tmp_path), **EVERY_STEP, "load_best_model_at_end": True}
+    PreferenceConfig(**settings, metric_for_best_model=metric, reference={"sync_steps": 2})
+
+
+def test_a_best_model_whose_reference_is_not_saved_is_refused(tmp_path):
+    settings = {**EVERY_STEP, "load_best_model_at_end": True, "metric_for_best_model": "entropy"}
+    with pytest.raises(UserError, match="the best checkpoint does not hold it as it was then"):
+        build(tmp_path, save_only_model=True, **settings)
+
+
+@pytest.mark.parametrize("adapter", [None, LORA])
+def test_the_best_model_comes_back_with_the_reference_of_its_step(adapter, tmp_path):
+    settings = {**EVERY_STEP, "load_best_model_at_end": True, "metric_for_best_model": "logps/rejected"}
+    trainer = build(tmp_path, 2, eval_rows=ROWS, peft_config=adapter, greater_is_better=True, **settings)
+    trainer.train()
+    best = trainer.state.best_global_step
+    assert best < 7
+    then = next(line for line in trainer.state.log_history if "eval_loss" in line and line["step"] == best)
+    now = trainer.evaluate()
+    for name in ("eval_loss", "eval_rewards/margins", "eval_logps/rejected"):
+        assert now[name] == pytest.approx(then[name], abs=1e-5)
+
+
 @pytest.mark.parametrize(
     ("block", "reason"),
     [
