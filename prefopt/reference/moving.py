@@ -50,7 +50,9 @@ class MovingReference(TrainerCallback):
         )
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Tell a run that is too short for it."""
+        """Take the memory of the averages now, not in the middle of a run, and tell one that is too short for it."""
+        for name, (theirs, _) in self._twins().items():
+            self._average(name, theirs)
         if state.max_steps < self.rule.sync_steps:
             say(
                 f"warning: the run has {state.max_steps} steps, and the reference would first move after "

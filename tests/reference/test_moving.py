@@ -15,6 +15,7 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from torch import nn
 from torch.nn.functional import log_softmax, logsigmoid
+from transformers import TrainerCallback
 
 from prefopt.checkpoints import facts_of
 from prefopt.config import PreferenceConfig
@@ -119,6 +120,20 @@ def test_averages_in_half_precision_are_held_in_float32():
         wanted = torch.lerp(start[name].float(), dict(ours.named_parameters())[name].float(), share)
         torch.testing.assert_close(value.float(), wanted, rtol=2**-8, atol=1e-4)
     assert moving.bytes == sum(4 * value.numel() for value in theirs.parameters())
+
+
+@pytest.mark.parametrize(("alpha", "width"), [(0.6, 4), (1.0, 0)])
+def test_the_memory_of_the_averages_is_taken_before_the_first_step(alpha, width, tmp_path):
+    held = []
+
+    class Look(TrainerCallback):
+        def on_step_begin(self, *args, **kwargs):
+            held.append(sum(value.nbytes for value in trainer.kept[0]._averages.values()))
+
+    model = policy(dtype=torch.bfloat16)
+    trainer = build(tmp_path, 7, alpha, model=model, callbacks=[Look()], max_steps=1)
+    trainer.train()
+    assert held == [width * sum(value.numel() for value in model.parameters())]
 
 
 # ---- a run ----------------------------------------------------------------------------------------------------------
