@@ -393,6 +393,28 @@ def test_the_record_and_the_facts_name_the_rule(tmp_path):
     assert (facts["reference.sync_steps"], facts["reference.mixup_alpha"]) == (3, 0.6)
 
 
+@pytest.mark.parametrize("adapter", [None, LORA])
+def test_a_second_start_after_the_reference_has_moved_is_refused(adapter, tmp_path):
+    trainer = cut(tmp_path, num_train_epochs=1, peft_config=adapter)
+    trainer.train()
+    moved, policy_now = reference_of(trainer), weights(trainer.model)
+    with pytest.raises(UserError, match="an earlier training has moved it, so this trainer cannot begin from the sta"):
+        trainer.train()
+    assert all(torch.equal(value, moved[name]) for name, value in reference_of(trainer).items())
+    assert torch.equal(weights(trainer.model), policy_now)
+    again = cut(tmp_path, num_train_epochs=1, peft_config=adapter)
+    again.train(resume_from_checkpoint=True)
+    with pytest.raises(UserError, match="an earlier training has moved it"):
+        again.train()
+
+
+def test_a_reference_that_has_not_moved_yet_may_start_again(tmp_path):
+    trainer = build(tmp_path, 8)
+    trainer.train()
+    trainer.train()
+    assert [line["reference/syncs"] for line in lines(trainer)] == [0] * 7
+
+
 # ---- what is said, and what is refused ------------------------------------------------------------------------------
 
 
