@@ -11,7 +11,7 @@ from transformers import TrainingArguments
 from transformers.utils.import_utils import is_torch_bf16_gpu_available
 
 from prefopt.errors import UserError
-from prefopt.settings import CHOICES, FIXED, RANGES, field_problem
+from prefopt.settings import CHOICES, FIXED, RANGES, field_problem, selection_conflict
 
 # Not the field's default, so that a setting under the older name `gradient_checkpointing` can be told from none.
 ACTIVATION_CHECKPOINTING = True
@@ -236,6 +236,8 @@ class PreferenceConfig(TrainingArguments):
                 "reference: sync_steps moves whole weights, and FSDP and DeepSpeed hold them in pieces. Launch it with "
                 "DDP (an adapter spares memory), or remove sync_steps"
             )
+        if conflict := selection_conflict(self.reference or {}, vars(self)):
+            raise UserError(f"reference: sync_steps {conflict}")
 
     def _check_devices(self) -> None:
         if self.activation_offloading and self.use_cpu:

@@ -174,6 +174,13 @@ class DurableTrainer(HubTrainer):
             return {}
         return super()._evaluate(trial, ignore_keys_for_eval, skip_scheduler)
 
+    def _load_best_model(self) -> None:
+        """As the stock method, with what else the checkpoint holds; one of a model alone holds nothing else."""
+        super()._load_best_model()
+        if not self.args.save_only_model:
+            for each in self.kept:
+                each.restore(Path(str(self.state.best_model_checkpoint)))
+
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         step = self.state.global_step
         folder = Path(self._get_output_dir(trial)) / f"{PREFIX_CHECKPOINT_DIR}-{step}"

@@ -181,7 +181,8 @@ def _cached(
     form: LogProbs | WholeForm = LogProbs()
     if trainer.objective.reference == "distribution":
         wanted = settings.get("form", "auto")
-        form = choose_form(wanted, source, trainer.model, collator, trainer.objective.statistics)
+        with trainer.accelerator.autocast():
+            form = choose_form(wanted, source, trainer.model, collator, trainer.objective.statistics)
     answers = answers_of(_datasets(trainer), all_completions=trainer.objective.all_completions)
     store = Store(settings.get("store"))
     entry, reason = None, ""

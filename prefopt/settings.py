@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -62,6 +63,9 @@ REFERENCE_SOURCES = ("auto", "cached", "live", "none")
 REFERENCE_FORMS = ("auto", "hidden", "expected")
 # TR-DPO's (arXiv 2404.09656) for a reference that moves; it holds where `sync_steps` is given.
 MIXUP_ALPHA = 0.6
+
+_REFERENCE_FREE = re.compile(r"(eval_(.+_)?)?(logps/(chosen|rejected)|entropy)")
+_WAITS_FOR_A_METRIC = ("reduce_lr_on_plateau", "greedy")  # schedules of the learning rate
 
 FIXED: dict[str, tuple[object, str]] = {
     "average_tokens_across_devices": (True, "every step is divided by the counts of all ranks. Remove this line"),
@@ -140,4 +144,28 @@ def sync_conflict(reference: Mapping[str, Any]) -> tuple[str, str] | None:
         return "source", "none and sync_steps contradict each other. Remove one of them."
     if reference.get("form"):
         return "form", "has no effect with sync_steps: nothing is kept of a reference that moves. Remove it."
+    return None
+
+
+def selection_conflict(reference: Mapping[str, Any], settings: Mapping[str, Any]) -> str | None:
+    """Why the steps of a run whose reference moves cannot be judged as the training `settings` say; None when they can.
+
+    What is measured from the reference is a distance from another model after every move.
+    """
+    if reference.get("sync_steps") is None:
+        return None
+    keeps_best = settings.get("load_best_model_at_end")
+    judges = keeps_best or settings.get("lr_scheduler_type") in _WAITS_FOR_A_METRIC
+    metric = settings.get("metric_for_best_model") or ("loss" if judges else None)  # transformers' default
+    if metric is not None and not _REFERENCE_FREE.fullmatch(metric):
+        return (
+            f"makes figures of different steps distances from different references, so `{metric}` cannot choose among "
+            "them. Write metric_for_best_model: logps/chosen (or logps/rejected, entropy, which read no reference), or "
+            "do without load_best_model_at_end, early stopping and schedules that wait for a metric."
+        )
+    if keeps_best and settings.get("save_only_model"):
+        return (
+            "moves the reference, and with save_only_model the best checkpoint does not hold it as it was then. Remove "
+            "save_only_model or load_best_model_at_end."
+        )
     return None

@@ -178,6 +178,17 @@ def test_its_files_agree_with_each_other(run_folder):
     assert "## Results" in (run_folder / "README.md").read_text()
 
 
+def test_the_evaluation_is_that_of_the_best_model_where_it_is_kept(prefopt, folder):
+    """The second epoch does these two rows no good."""
+    options = ("--load_best_model_at_end", "true", "--save_strategy", "epoch", "--output_dir", "runs/best")
+    assert prefopt("train", "my.yaml", *options)[0] == 0
+    results = json.loads((folder / "runs/best/results.json").read_text())
+    events = [json.loads(line) for line in (folder / "runs/best/metrics.jsonl").read_text().splitlines()]
+    logged = [event["eval_rewards/margins"] for event in events if "eval_loss" in event]
+    assert len(logged) == 2 and logged[0] > logged[1] + 0.005
+    assert results["eval"]["eval_rewards/margins"] == pytest.approx(logged[0], abs=1e-6)
+
+
 def test_the_opening_lines_say_what_runs(run_folder):
     out = (run_folder.parents[1] / "out.txt").read_text()
     for part in ("launch: 1 process,", "10 of 10 rows kept", "loss: 1 DPO(beta=0.2)", "self-check: scores agree",

@@ -120,7 +120,18 @@ def test_the_margin_is_that_of_the_turns_that_count(models, tmp_path):
         for side, stretches in view.answers.items()
     }
     assert any(stretch.weight == 0 for stretches in view.answers.values() for stretch in stretches)
+    assert (view.margin or "").startswith("plain log-ratio to the reference after training, summed over what counts: ")
     assert f"margin {sums['chosen'] - sums['rejected']:+.3f} nats" in (view.margin or "")
+
+
+def test_a_reference_that_moved_is_told_from_where_it_began(models, tmp_path):
+    def notes(reference, model=str(models / "trained")):
+        return inspect_row(recipe(models, tmp_path, ROW, reference=reference), 0, model=model).notes
+
+    assert notes({}) == notes({"sync_steps": 64}, model=None) == ()
+    for name, given in (("start", {}), ("trained", {"model": str(models / "trained")})):
+        (note,) = notes({"sync_steps": 64, **given})
+        assert f"are to {models / name}, where the reference began: it moved" in note
 
 
 class Page(HTMLParser):

@@ -38,6 +38,9 @@ def inspect_row(recipe: Recipe, number: int, *, split: str = "train", model: str
     start, named = (section.model_name_or_path, section.model_revision), recipe.reference.model
     reference = None if named is None else (named, recipe.reference.revision)
     numbers = token_numbers(row, tokenizer, model=model, start=start, reference=reference, **options)
+    if recipe.reference.sync_steps is not None:
+        began = f"log-ratios and KL are to {named or start[0]}, where the reference began: it moved in training"
+        view = replace(view, notes=(*view.notes, began))
     return with_numbers(view, row, numbers)
 
 

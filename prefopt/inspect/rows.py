@@ -69,7 +69,7 @@ class RowView:
     numbers: tuple[str, ...] = ()
 
     def counted(self, side: str, name: str) -> float:
-        """Sum of a number over the tokens of an answer, each turn times its weight: what a loss over turns reads."""
+        """Sum of a number over the tokens of an answer, each turn times its weight in the segment."""
         turns = (stretch for stretch in self.answers[side] if stretch.turn is not None)
         return sum(turn.weight * turn.total(name) for turn in turns)
 
@@ -83,12 +83,15 @@ class RowView:
 
     @property
     def margin(self) -> str | None:
-        """What a loss over pairs multiplies by its beta, in words; None without models or without a pair."""
+        """The plain log-ratio margin of what counts, in words; None without models or without a pair.
+
+        What a loss makes of the row (its own weights of turns, means, divergences) is not in it.
+        """
         if "after" not in self.numbers or not {"chosen", "rejected"} <= self.answers.keys():
             return None
         chosen, rejected = (self.counted(side, "after") for side in ("chosen", "rejected"))
         return (
-            f"log-ratio to the reference after training, of what counts: chosen {chosen:+.3f}, "
+            f"plain log-ratio to the reference after training, summed over what counts: chosen {chosen:+.3f}, "
             f"rejected {rejected:+.3f}, margin {chosen - rejected:+.3f} nats"
         )
 

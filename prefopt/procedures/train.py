@@ -82,7 +82,7 @@ def train(recipe: Recipe, lineage: Lineage | None = None) -> dict[str, Any]:
     with phases.phase("train"):
         outcome = trainer.train(resume_from_checkpoint=_resume(args))
     with phases.phase("evaluate"):
-        evaluation = (_fresh_evaluation(trainer) or trainer.evaluate()) if test is not None else {}
+        evaluation = _closing_evaluation(trainer) if test is not None else {}
     with phases.phase("save"):
         trainer.save_model(recipe.output_dir, _internal_call=True)  # the push comes when the report is written
         if lineage is not None:
@@ -255,10 +255,14 @@ def _resume(args: PreferenceConfig) -> str:
     return str(checkpoint_to_resume(AUTO, str(output_dir)) or named)
 
 
-def _fresh_evaluation(trainer: PreferenceTrainer) -> dict[str, float]:
-    """The figures of an evaluation at the very last step, where the schedule already made one."""
+def _closing_evaluation(trainer: PreferenceTrainer) -> dict[str, float]:
+    """The figures of the weights that are saved; the schedule may have made them at the very last step."""
+    if trainer.args.load_best_model_at_end:
+        # The log would have them at the last step, whose weights are others.
+        trainer.remove_callback(MetricsFile)
+        return trainer.evaluate()
     last = next((line for line in reversed(trainer.state.log_history) if "eval_loss" in line), {})
-    return last if last.get("step") == trainer.state.global_step else {}
+    return last if last.get("step") == trainer.state.global_step else trainer.evaluate()
 
 
 def _last_logged(trainer: PreferenceTrainer) -> dict[str, float]:

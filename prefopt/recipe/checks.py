@@ -13,7 +13,7 @@ from prefopt.losses import Objective, make
 from prefopt.recipe.problems import Problems
 from prefopt.recipe.read import Draft
 from prefopt.recipe.sections import DataSection, LossSpec
-from prefopt.settings import sync_conflict
+from prefopt.settings import selection_conflict, sync_conflict
 
 ADAPTER = (
     "lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "lora_modules_to_save", "use_rslora", "use_dora",
@@ -172,5 +172,7 @@ def _check_reference(draft: Draft, problems: Problems) -> None:
         problems.add(place, "reference.form", "has no effect with source: live. Remove one of them.")
     if conflict := sync_conflict(reference):
         problems.add(place, f"reference.{conflict[0]}", conflict[1])
+    if reason := selection_conflict(reference, draft.training):
+        problems.add(place, "reference.sync_steps", reason)
     if reference.get("revision") and not reference.get("model"):
         problems.add(place, "reference.revision", "has no effect without reference.model. Remove it.")

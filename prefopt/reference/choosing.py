@@ -24,7 +24,8 @@ def choose_form(
 ) -> WholeForm:
     """Expected head rows where they say all that the loss asks for, hidden states otherwise; or the form `wanted`.
 
-    `source` is in its place, and `policy` is what will be trained. Raises `UserError` when expected rows are wanted and
+    `source` is in its place, and `policy` is what will be trained. Call it under the autocast that training has, which
+    decides how the head's products are made. Raises `UserError` when expected rows are wanted and
     would be wrong.
     """
     device = next(policy.parameters()).device
@@ -35,7 +36,7 @@ def choose_form(
         raise UserError(f"reference.form: expected head rows cannot be kept: {reason}. Write form: {HIDDEN}")
     if wanted == HIDDEN or reason:
         return HiddenStates(_copy(reference))
-    return ExpectedHeadRows(reference.head.shape[1])
+    return ExpectedHeadRows(reference.head.shape[1], narrow=reference.narrow)
 
 
 def _not_expected(policy: nn.Module, reference: Distribution, statistics: Collection[str]) -> str:

@@ -106,12 +106,17 @@ class HiddenStates(WholeForm):
 
 
 class ExpectedHeadRows(WholeForm):
-    """Mean rows of the head that policy and reference share: a KL without a second pass over the vocabulary."""
+    """Mean rows of the head that policy and reference share: a KL without a second pass over the vocabulary.
 
-    kind, words = EXPECTED, "expected head rows"
+    Rows that `narrow` products made have a kind of their own: the KL is a difference of such products and the
+    policy's, so that rows from exact ones, of a CPU for instance, would put the rounding of one side into it.
+    """
 
-    def __init__(self, width: int) -> None:
+    words = "expected head rows"
+
+    def __init__(self, width: int, *, narrow: bool) -> None:
         self.width = width
+        self.kind = f"{EXPECTED}_narrow" if narrow else EXPECTED
 
     @property
     def token_bytes(self) -> int:

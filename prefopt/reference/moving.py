@@ -39,6 +39,7 @@ class MovingReference(TrainerCallback):
         if isinstance(reference, FrozenModel) and not reference.is_start:
             _refuse_unlike(reference.model, policy)
         self._averages: dict[str, Tensor] = {}
+        self._has_moved = False
         reference.summary = f"{reference.summary}, {rule}"
 
     @property
@@ -50,7 +51,18 @@ class MovingReference(TrainerCallback):
         )
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Tell a run that is too short for it."""
+        """Take the memory of the averages now, not in the middle of a run, and tell one that is too short for it.
+
+        Raises `UserError` for a run from step 0 when an earlier one has moved the reference: of the start nothing is
+        kept.
+        """
+        if self._has_moved and state.global_step == 0:
+            raise UserError(
+                "reference: an earlier training has moved it, so this trainer cannot begin from the start again. Make "
+                "a new trainer, which may also go on from a checkpoint"
+            )
+        for name, (theirs, _) in self._twins().items():
+            self._average(name, theirs)
         if state.max_steps < self.rule.sync_steps:
             say(
                 f"warning: the run has {state.max_steps} steps, and the reference would first move after "
@@ -65,6 +77,7 @@ class MovingReference(TrainerCallback):
     @torch.no_grad()
     def sync(self) -> None:
         """Move the reference once."""
+        self._has_moved = True
         for name, (theirs, ours) in self._twins().items():
             if self.rule.mixup_alpha == 1 or not theirs.is_floating_point():
                 theirs.copy_(ours)
@@ -85,6 +98,7 @@ class MovingReference(TrainerCallback):
     def restore(self, folder: Path) -> None:
         """Be what it was when a checkpoint was made. Raises `UserError` for a checkpoint of another reference."""
         saved, twins = _read(folder), self._twins()
+        self._has_moved = True
         shapes = {name: theirs.shape for name, (theirs, _) in twins.items()}
         if {name: value.shape for name, value in saved.items()} != shapes:
             raise UserError(f"{folder / FILE}: not the weights of this run's reference. Choose another output_dir")

@@ -188,6 +188,10 @@ def test_model(refused, lines, part):
         ("reference: {mixup_alpha: 0.5}", "reference.mixup_alpha: has no effect without sync_steps. Write"),
         ("reference: {sync_steps: 8, source: cached}", "reference.source: cached keeps the scores of one reference"),
         ("reference: {sync_steps: 8, source: none}", "reference.source: none and sync_steps contradict each other"),
+        (
+            "reference: {sync_steps: 8}\nload_best_model_at_end: true",
+            "reference.sync_steps: makes figures of different steps distances from different references, so `loss`",
+        ),
         ("sync_ref_model: true", "sync_ref_model: write reference: {sync_steps: 512, mixup_alpha: 0.6}"),
         ("ref_model_sync_steps: 64", "write reference.sync_steps: 64. It stands for sync_ref_model: true as well."),
         ("ref_model_mixup_alpha: 0.9", "write reference.mixup_alpha: 0.9. It is read beside reference.sync_steps."),

@@ -15,6 +15,7 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from torch import nn
 from torch.nn.functional import log_softmax, logsigmoid
+from transformers import TrainerCallback
 
 from prefopt.checkpoints import facts_of
 from prefopt.config import PreferenceConfig
@@ -119,6 +120,20 @@ def test_averages_in_half_precision_are_held_in_float32():
         wanted = torch.lerp(start[name].float(), dict(ours.named_parameters())[name].float(), share)
         torch.testing.assert_close(value.float(), wanted, rtol=2**-8, atol=1e-4)
     assert moving.bytes == sum(4 * value.numel() for value in theirs.parameters())
+
+
+@pytest.mark.parametrize(("alpha", "width"), [(0.6, 4), (1.0, 0)])
+def test_the_memory_of_the_averages_is_taken_before_the_first_step(alpha, width, tmp_path):
+    held = []
+
+    class Look(TrainerCallback):
+        def on_step_begin(self, *args, **kwargs):
+            held.append(sum(value.nbytes for value in trainer.kept[0]._averages.values()))
+
+    model = policy(dtype=torch.bfloat16)
+    trainer = build(tmp_path, 7, alpha, model=model, callbacks=[Look()], max_steps=1)
+    trainer.train()
+    assert held == [width * sum(value.numel() for value in model.parameters())]
 
 
 # ---- a run ----------------------------------------------------------------------------------------------------------
@@ -378,6 +393,28 @@ def test_the_record_and_the_facts_name_the_rule(tmp_path):
     assert (facts["reference.sync_steps"], facts["reference.mixup_alpha"]) == (3, 0.6)
 
 
+@pytest.mark.parametrize("adapter", [None, LORA])
+def test_a_second_start_after_the_reference_has_moved_is_refused(adapter, tmp_path):
+    trainer = cut(tmp_path, num_train_epochs=1, peft_config=adapter)
+    trainer.train()
+    moved, policy_now = reference_of(trainer), weights(trainer.model)
+    with pytest.raises(UserError, match="an earlier training has moved it, so this trainer cannot begin from the sta"):
+        trainer.train()
+    assert all(torch.equal(value, moved[name]) for name, value in reference_of(trainer).items())
+    assert torch.equal(weights(trainer.model), policy_now)
+    again = cut(tmp_path, num_train_epochs=1, peft_config=adapter)
+    again.train(resume_from_checkpoint=True)
+    with pytest.raises(UserError, match="an earlier training has moved it"):
+        again.train()
+
+
+def test_a_reference_that_has_not_moved_yet_may_start_again(tmp_path):
+    trainer = build(tmp_path, 8)
+    trainer.train()
+    trainer.train()
+    assert [line["reference/syncs"] for line in lines(trainer)] == [0] * 7
+
+
 # ---- what is said, and what is refused ------------------------------------------------------------------------------
 
 
@@ -431,6 +468,52 @@ def test_weights_in_pieces_are_refused_before_anything_is_loaded(launched, tmp_p
     monkeypatch.setenv(launched, "true")
     with pytest.raises(UserError, match="FSDP and DeepSpeed hold them in pieces"):
         PreferenceConfig(output_dir=str(tmp_path), reference={"sync_steps": 2})
+
+
+EVERY_STEP = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1}
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"load_best_model_at_end": True},
+        {"load_best_model_at_end": True, "metric_for_best_model": "eval_rewards/margins"},
+        {"metric_for_best_model": "logratios/chosen"},  # early stopping reads it
+        {"metric_for_best_model": "kl_per_token/entropy"},
+        {"lr_scheduler_type": "reduce_lr_on_plateau"},
+        {"lr_scheduler_type": "greedy"},
+    ],
+)
+def test_figures_from_a_moving_reference_cannot_choose_a_step(settings, tmp_path):
+    settings = {"output_dir": str(tmp_path), **EVERY_STEP, **settings}
+    PreferenceConfig(**settings)
+    with pytest.raises(UserError, match=r"^reference: sync_steps makes figures of different steps"):
+        PreferenceConfig(**settings, reference={"sync_steps": 2})
+
+
+@pytest.mark.parametrize("metric", ["logps/chosen", "eval_logps/rejected", "eval_held_out_entropy"])
+def test_figures_that_read_no_reference_can(metric, tmp_path):
+    settings = {"output_dir": str(tmp_path), **EVERY_STEP, "load_best_model_at_end": True}
+    PreferenceConfig(**settings, metric_for_best_model=metric, reference={"sync_steps": 2})
+
+
+def test_a_best_model_whose_reference_is_not_saved_is_refused(tmp_path):
+    settings = {**EVERY_STEP, "load_best_model_at_end": True, "metric_for_best_model": "entropy"}
+    with pytest.raises(UserError, match="the best checkpoint does not hold it as it was then"):
+        build(tmp_path, save_only_model=True, **settings)
+
+
+@pytest.mark.parametrize("adapter", [None, LORA])
+def test_the_best_model_comes_back_with_the_reference_of_its_step(adapter, tmp_path):
+    settings = {**EVERY_STEP, "load_best_model_at_end": True, "metric_for_best_model": "logps/rejected"}
+    trainer = build(tmp_path, 2, eval_rows=ROWS, peft_config=adapter, greater_is_better=True, **settings)
+    trainer.train()
+    best = trainer.state.best_global_step
+    assert best < 7
+    then = next(line for line in trainer.state.log_history if "eval_loss" in line and line["step"] == best)
+    now = trainer.evaluate()
+    for name in ("eval_loss", "eval_rewards/margins", "eval_logps/rejected"):
+        assert now[name] == pytest.approx(then[name], abs=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -226,6 +226,22 @@ def test_numbers_of_another_model_are_refused(build, tmp_path, dtype, adapter):
         build(rows=long, model=model(0), adapter=adapter)
 
 
+def test_expected_rows_are_found_by_products_of_the_same_precision_alone(build, monkeypatch):
+    """CUDA rounds the operands of the head's products under autocast, and a CPU does not."""
+
+    def made():
+        trainer = build(adapter=LORA, bf16=True)
+        return trainer.reference.form.kind, trainer.reference_identity.key, scored(trainer)
+
+    kind, key, first = made()
+    with monkeypatch.context() as emulated:
+        emulated.setattr("prefopt.scoring.distribution.widens", lambda device: True)
+        emulated.setattr("prefopt.scoring.tiles.widened_product", lambda left, right: left.float() @ right.float())
+        assert [made(), made()] == [("expected_narrow", key, (ANSWERS, 0)), ("expected_narrow", key, (0, ANSWERS))]
+    assert (kind, first) == ("expected", (ANSWERS, 0))
+    assert made() == ("expected", key, (0, ANSWERS))
+
+
 def test_a_soft_cap_leaves_hidden_states(build):
     def model():
         torch.manual_seed(0)
