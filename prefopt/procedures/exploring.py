@@ -8,6 +8,7 @@ starts from. Pairs hold whole trajectories, or with `select` the segments in whi
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -20,7 +21,7 @@ from prefopt.environments import check_environment, environment_facts
 from prefopt.environments.opening import SOCIAL_WORLD
 from prefopt.errors import RecipeError, UserError, nearest
 from prefopt.procedures.inputs import keep_plugins, sampled, sha256_of
-from prefopt.procedures.pairing import FIGURES, TEST, TRAIN, write_figures, write_rows
+from prefopt.procedures.pairing import FIGURES, TEST, TRAIN, write_figures, write_held_out, write_rows
 from prefopt.procedures.round_stages import data_stage, supervised_start
 from prefopt.procedures.rounds import (
     HELD_OUT,
@@ -98,7 +99,11 @@ def exploring(recipe: Recipe) -> Sequence[Stage]:
         stages += [
             _explore_stage(recipe, data, settings, number),
             _pairs_stage(recipe, data, settings, number),
-            TrainStage(f"train-{number}", round_recipe(recipe, settings, number, has_test=recipe.evaluates)),
+            TrainStage(
+                f"train-{number}",
+                round_recipe(recipe, settings, number, has_test=recipe.evaluates),
+                made_test=True,
+            ),
         ]
     if recipe.evaluates:
         stages.append(_explore_stage(recipe, data, settings, settings.rounds))
@@ -195,16 +200,19 @@ def _pairs_stage(recipe: Recipe, data: Path, settings: ExploringSettings, number
         from prefopt.procedures.pairing import read_data
 
         select = None if settings.select is None else read_selector(settings.select)
+        model = start_recipe(recipe, number, settings.rounds).model.model_name_or_path
+        over = f". The rounds end here: their result is the model in {model}"
         found = {}
         for part, file, name in ((OWN, TRAIN, PAIRS), (HELD_OUT, TEST, TEST_PAIRS)):
             if (data / file).is_file():
                 rows, counts = trajectory_pairs(read_data(data / file), explored / part, select)
-                if not rows:
-                    raise UserError(
-                        f"round {number}: on every task of {data / file} the model earns what the expert does, or its "
-                        f"episode cannot be used ({dict(counts)}), so there are no pairs"
-                    )
-                write_rows(folder / name, rows)
+                why_none = _why_none(counts)
+                if part == HELD_OUT:
+                    write_held_out(folder / name, rows, why_none)
+                elif rows:
+                    write_rows(folder / name, rows)
+                else:
+                    raise UserError(f"round {number}: no pair could be made of {data / file}: {why_none}{over}")
                 say(f"round {number}, {part}: " + ", ".join(f"{count:,} {what}" for what, count in counts.items()))
                 found[part] = dict(counts)
         episodes = {part: sum(counts.values()) for part, counts in found.items()}
@@ -213,6 +221,14 @@ def _pairs_stage(recipe: Recipe, data: Path, settings: ExploringSettings, number
         return found
 
     return MakeStage(f"pairs-{number}", folder, make, {"select": settings.select})
+
+
+def _why_none(counts: Counter[str]) -> str:
+    """Why the episodes made no pair."""
+    if counts["ties"] == counts.total():
+        return "on every task the model earns what the expert does, so there is nothing left to learn"
+    told = ", ".join(f"{count:,} {what}" for what, count in counts.items() if count)
+    return f"the model earns what the expert does, or its episode cannot be used ({told})"
 
 
 def _report_stage(recipe: Recipe, settings: ExploringSettings) -> MakeStage:

@@ -287,6 +287,36 @@ def test_a_failing_environment_loses_nothing_that_was_played(tmp_path):
     assert whole.startswith("".join(kept)) and len(whole.splitlines()) == 16
 
 
+def all_tied(recipe, part: str):
+    """The plan, with its first episodes of this part rewritten: each earned what the expert did."""
+    plan = make_plan(recipe)
+    run_plan(plan[:2])
+    file = plan[1].folder / part / "episodes.jsonl"
+    lines = [{**line, "ended": "over", "reward": 0.5} for line in rows_of(file)]
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return plan
+
+
+def test_held_out_tasks_without_a_pair_leave_their_round_unevaluated(tmp_path, capsys):
+    best = {"load_best_model_at_end": "true", "metric_for_best_model": "eval_loss"}
+    plan = all_tied(recipe_in(tmp_path, eval_strategy="epoch", save_strategy="epoch", **best), "held_out")
+    run_plan(plan)
+    said = capsys.readouterr().out
+    assert "no held-out pair could be made: on every task the model earns what the expert does" in said
+    assert said.count("there are no held-out rows, so this stage is not evaluated") == 1
+    results = [json.loads((plan[place].folder / "results.json").read_text()) for place in (3, 6)]
+    assert results[0]["eval"] == {} and "eval_loss" in results[1]["eval"]
+    assert json.loads((plan[2].folder / "figures.json").read_text())["held_out"] == {"ties": 1.0}
+    run_plan(plan)
+    assert capsys.readouterr().out.count("done before") == len(plan)
+
+
+def test_ties_on_every_task_end_the_rounds_and_name_the_model_that_is_left(tmp_path):
+    plan = all_tied(recipe_in(tmp_path), "own")
+    with pytest.raises(UserError, match=rf"nothing left to learn\. .*result is the model in {tmp_path}/tiny"):
+        run_plan(plan)
+
+
 def test_an_edited_environment_is_another_one(tmp_path):
     recipe = recipe_in(tmp_path)
     run_plan(make_plan(recipe)[:2])
