@@ -115,8 +115,9 @@ def marker_pattern(special_tokens: Iterable[str]) -> re.Pattern[str] | None:
 
 
 def notes_of(example: Example, markers: re.Pattern[str] | None = None) -> list[str]:
-    """What deserves a look: `prompt_repeated`, `empty_prompt`, `control_markers` (special tokens inside the text)."""
-    notes = []
+    """What deserves a look: `prompt_repeated`, `empty_prompt`, `control_markers` (special tokens inside the text), and
+    what was noted when the row was read."""
+    notes = [*example.notes]
     prompt = example.prompt if isinstance(example.prompt, str) else example.prompt[-1]["content"] or ""
     if not prompt.strip():
         notes.append("empty_prompt")
