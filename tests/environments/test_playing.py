@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 
 import pytest
 
 from prefopt.data.formats import Example
 from prefopt.data.problems import Where
-from prefopt.environments import check_environment, open_environment, playing
+from prefopt.environments import check_environment, environment_facts, open_environment, playing
 from prefopt.environments.playing import play
 from prefopt.errors import RecipeError, UserError
 from prefopt.generation import Generation, Sampling
@@ -168,3 +169,31 @@ def test_a_recipe_alone_never_imports_an_environment(tmp_path):
     assert open_environment({"function": "my_shop.py:make"})({}).reward == 1
     with pytest.raises(UserError, match="has no function `begin`"):
         open_environment({"function": "my_shop.py:begin"})
+
+
+@pytest.mark.parametrize(
+    ("text", "name"),
+    [
+        ("class Shop:\n    def __init__(self, task):\n        self.reward = task['price']\n", "Shop"),
+        (
+            "import functools\n\n\nclass _Shop:\n    reward = 3\n\n\n"
+            "@functools.lru_cache\ndef make(task):\n    return _Shop()\n",
+            "make",
+        ),
+        (
+            "class _Maker:\n    def __call__(self, task):\n        self.reward = 3\n        return self\n\n\n"
+            "make = _Maker()\n",
+            "make",
+        ),
+    ],
+)
+def test_whatever_can_be_called_with_a_task_is_an_environment(tmp_path, text, name):
+    class Task(dict):
+        __hash__ = object.__hash__
+
+    file = tmp_path / "shops.py"
+    file.write_text(text)
+    assert load_plugin(file) == []
+    block = {"function": f"shops.py:{name}"}
+    assert open_environment(block)(Task(price=3)).reward == 3
+    assert environment_facts(block)["file"] == hashlib.sha256(file.read_bytes()).hexdigest()
