@@ -39,13 +39,15 @@ def check_columns(examples: Iterable[Example], required: Sequence[str], optional
     return problems
 
 
-def check_row_columns(example: Example, required: Sequence[str], optional: Sequence[str] = ()) -> None:
-    """Raise `Flaw` for the first declared column that is missing, or whose value the loss cannot use."""
+def check_row_columns(
+    example: Example, required: Sequence[str], optional: Sequence[str] = (), *, needed_by: str = "loss"
+) -> None:
+    """Raise `Flaw` for the first declared column that is missing, or whose value cannot be used."""
     for name in required:
         if name not in example.columns:
             present = ", ".join(f"`{column}`" for column in example.columns) or "none"
             hint = nearest(name, example.columns)
-            message = f"the loss needs this column; the row has, beside prompt and answers, {present}.{hint}"
+            message = f"the {needed_by} needs this column; the row has, beside prompt and answers, {present}.{hint}"
             raise Flaw("missing_column", message, name)
     for name in (*required, *optional):
         if name in required or example.columns.get(name) is not None:

@@ -61,7 +61,8 @@ def write_tasks(recipe: Recipe, folder: Path, settings: ExploringSettings) -> di
     Raises `DataError` for rows that are no conversation or say no reward.
     """
     rules = {name: recipe.training[name] for name in BAD_ROWS if name in recipe.training}
-    train, test = load_train_test(recipe.data_spec(), supervised=True, required_columns=(REWARD,), **rules)
+    needed = {"required_columns": (REWARD,), "needed_by": "procedure"}
+    train, test = load_train_test(recipe.data_spec(), supervised=True, **needed, **rules)
     say(*(f"data: {line}" for line in train.report.lines()))
     parts = {TRAIN: drawn(train.examples, settings.prompts, seed_of(recipe))}
     if test is not None:
@@ -156,7 +157,8 @@ def explore(
 
 def episode_figures(lines: Sequence[Mapping[str, Any]], success: float) -> dict[str, float]:
     """How many episodes there are, their mean reward, the share whose reward reaches `success`, mean turns of the
-    agent, and the shares that ended at the limit of turns or before a turn that was cut off or no text."""
+    agent, and the shares that ended at the limit of turns, or before a turn that was cut off, no text or without room.
+    """
     return {
         "episodes": len(lines),
         "reward": fmean(line["reward"] for line in lines),

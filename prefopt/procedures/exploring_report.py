@@ -34,8 +34,8 @@ COLUMNS = {
 NOTE = (
     "Each row is the model that a round starts from, the last one the model that is left: the mean reward of its "
     "episodes, the share that succeeds, the turns it takes, the share of tasks on which it earns what the expert does, "
-    "and the share of episodes that stop before a turn that was cut off or held no text; then the last figures of the "
-    "training that made the model."
+    "and the share of episodes that stop before a turn that was cut off, held no text or had no room left; then the "
+    "last figures of the training that made the model."
 )
 
 

@@ -142,6 +142,14 @@ def test_rows_that_are_no_tasks_are_refused_with_their_place(tmp_path, change, s
         run_plan(make_plan(recipe)[:1])
 
 
+def test_a_task_without_a_reward_is_told_that_the_procedure_needs_one(tmp_path):
+    recipe = recipe_in(tmp_path)
+    row = {name: value for name, value in task(0).items() if name != "reward"}
+    (tmp_path / "answers.jsonl").write_text(json.dumps(row) + "\n")
+    with pytest.raises(DataError, match=r"answers\.jsonl:1: column `reward`: the procedure needs this column"):
+        run_plan(make_plan(recipe)[:1])
+
+
 def test_an_environment_that_is_not_there_is_refused_before_anything_is_played(tmp_path):
     with pytest.raises(UserError, match="a recipe alone never imports code"):
         run_plan(make_plan(recipe_in(tmp_path, environment="{function: no_env.py:make}"))[:1])
@@ -229,7 +237,8 @@ def test_the_report_has_the_figures_of_every_round(finished):
         assert row["held_out/turns"] == sum(line["turns"] for line in lines) / 6
     assert len({row["model"] for row in rows}) == 3
     assert 0 <= rows[0]["own/ties"] < 1 and rows[0]["own/cut_off"] > 0
-    assert "| reward | success |" in (finished / "README.md").read_text()
+    page = (finished / "README.md").read_text()
+    assert "| reward | success |" in page and "had no room left" in page
 
 
 class Killed(BaseException):
