@@ -30,6 +30,7 @@ from prefopt.generation import Sampling
 from prefopt.procedures.answers import drawn, open_model, seed_of
 from prefopt.procedures.exploring import ExploringSettings
 from prefopt.procedures.pairing import (
+    FIGURES,
     SUPERVISED,
     TEST,
     TRAIN,
@@ -39,6 +40,7 @@ from prefopt.procedures.pairing import (
     write_figures,
     write_rows,
 )
+from prefopt.procedures.rounds import HELD_OUT, OWN
 from prefopt.procedures.train import BAD_ROWS, open_tokenizer
 from prefopt.ranks import on_main
 from prefopt.recipe import Recipe
@@ -167,6 +169,17 @@ def episode_figures(lines: Sequence[Mapping[str, Any]], success: float) -> dict[
         "turn_limit": fmean(line["ended"] == TURN_LIMIT for line in lines),
         "cut_off": fmean(line["ended"] not in WHOLE for line in lines),
     }
+
+
+def count_again(folder: Path, success: float) -> None:
+    """Write the figures of the episodes in a folder anew: what counts as a success may have changed since."""
+    path = folder / FIGURES
+    figures = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    for part in (OWN, HELD_OUT):
+        if part in figures:
+            figures[part] = episode_figures(list(_lines(folder / part / EPISODES)), success)
+    if figures:
+        write_figures(folder, figures)
 
 
 def _line(played: Played, by: str) -> dict[str, Any]:

@@ -89,7 +89,7 @@ def exploring(recipe: Recipe) -> Sequence[Stage]:
         raise RecipeError("procedure.start: is missing. Random weights cannot act yet. Write start: {...}.")
     if not recipe.objective().paired_required:
         raise RecipeError("loss: an environment makes pairs, and this loss reads single answers.")
-    before, recipe = _tasks(recipe, settings)
+    before, recipe, settings = _tasks(recipe, settings)
     whole, data = recipe, Path(recipe.output_dir) / "data"
     stages: list[Stage] = [*before, _data_stage(recipe, data, settings)]
     if "start" in recipe.procedure:
@@ -110,11 +110,12 @@ def exploring(recipe: Recipe) -> Sequence[Stage]:
     return [*stages, _report_stage(whole, settings)]
 
 
-def _tasks(recipe: Recipe, settings: ExploringSettings) -> tuple[list[Stage], Recipe]:
-    """The stage that makes the tasks of the embedded environment, and the recipe that reads them."""
+def _tasks(recipe: Recipe, settings: ExploringSettings) -> tuple[list[Stage], Recipe, ExploringSettings]:
+    """The stage that makes the tasks of the embedded environment, the recipe that reads them, and the settings, with
+    all its held-out tasks where `eval_prompts` is not written."""
     if SOCIAL_WORLD not in settings.environment:
         refuse_no_data(recipe)
-        return [], recipe
+        return [], recipe, settings
     for name in ("dataset_name", "data_files", "datasets"):
         if getattr(recipe.data, name):
             raise RecipeError(f"{name}: contradicts procedure.environment.{SOCIAL_WORLD}, which makes its own tasks.")
@@ -122,7 +123,10 @@ def _tasks(recipe: Recipe, settings: ExploringSettings) -> tuple[list[Stage], Re
     folder = Path(recipe.output_dir) / "world"
     summary = f"{sizes.tasks} tasks and {sizes.test_tasks} to test on, with what an expert did"
     stage = MakeStage("tasks", folder, lambda: make_tasks(folder, sizes), asdict(sizes), summary=summary)
-    return [stage], recipe.replace(data_files={"train": str(folder / TASKS), "test": str(folder / TEST_TASKS)})
+    if "eval_prompts" not in recipe.procedure:
+        settings = replace(settings, eval_prompts=sizes.test_tasks)
+    files = {"train": str(folder / TASKS), "test": str(folder / TEST_TASKS)}
+    return [stage], recipe.replace(data_files=files), settings
 
 
 def _sizes(given: Any) -> TaskSettings:
@@ -153,7 +157,8 @@ def _data_stage(recipe: Recipe, data: Path, settings: ExploringSettings) -> Make
         say("data: " + ", ".join(f"{count:,} rows in {data / name}" for name, count in counts.items()))
         return counts
 
-    return replace(data_stage(recipe, data, settings, answers=True), make=make, summary="the tasks of all rounds")
+    summary = f"the tasks of all rounds: {settings.told_prompts(train=True)}"
+    return replace(data_stage(recipe, data, settings, answers=True), make=make, summary=summary)
 
 
 def _explore_stage(recipe: Recipe, data: Path, settings: ExploringSettings, number: int) -> MakeStage:
@@ -185,7 +190,6 @@ def _explore_stage(recipe: Recipe, data: Path, settings: ExploringSettings, numb
         **asdict(settings.sampling(number, 0)),
         "seed": recipe.training.get("seed"),
         "max_turns": settings.max_turns,
-        "success": settings.success,
         "chat_template_kwargs": recipe.training.get("chat_template_kwargs"),
     }
     summary = f"one episode of every task, at most {settings.max_turns} turns each"
@@ -240,4 +244,4 @@ def _report_stage(recipe: Recipe, settings: ExploringSettings) -> MakeStage:
         recipe.dump(folder / "recipe.yaml")  # that of the run folder is the last round's alone
         return report(recipe, settings, folder)
 
-    return MakeStage("report", folder, make, {"rounds": settings.rounds})
+    return MakeStage("report", folder, make, {"rounds": settings.rounds, "success": settings.success})

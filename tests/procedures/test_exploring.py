@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -239,6 +240,27 @@ def test_the_report_has_the_figures_of_every_round(finished):
     assert 0 <= rows[0]["own/ties"] < 1 and rows[0]["own/cut_off"] > 0
     page = (finished / "README.md").read_text()
     assert "| reward | success |" in page and "had no room left" in page
+
+
+def test_another_success_plays_nothing_again_and_counts_anew(finished, tmp_path, capsys):
+    run_plan(make_plan(recipe_in(tmp_path))[:2])
+    other = make_plan(recipe_in(tmp_path, more=", success: -99"))
+    run_plan(other[:2])
+    assert capsys.readouterr().out.count("done before") == 2
+    shutil.copytree(finished, tmp_path / "run", dirs_exist_ok=True)
+    rows = other[-1].make()
+    assert [row["held_out/success"] for row in rows] == [1.0] * 3
+    assert (
+        rows[0]["held_out/reward"]
+        == json.loads((finished / "results.json").read_text())["rounds"][0]["held_out/reward"]
+    )
+
+
+def test_all_embedded_tasks_are_tried_unless_the_recipe_says_how_many(tmp_path):
+    many = ["--procedure.environment", "{social_world: {tasks: 3, test_tasks: 1000}}"]
+    assert "at most 1000 held-out" in make_plan(load_recipe("eto_rounds", many))[1].summary
+    few = make_plan(load_recipe("eto_rounds", [*many, "--procedure.eval_prompts", "20"]))[1]
+    assert few.settings["eval_prompts"] == 20 and "at most 20 held-out" in few.summary
 
 
 class Killed(BaseException):
