@@ -8,7 +8,7 @@ from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from prefopt.data.formats import Example
 from prefopt.data.messages import Message, check_messages, check_not_empty, check_text
@@ -64,7 +64,7 @@ def play(
     """
     under_way = [_Course(name, environment, Played(task, number)) for number, task in tasks.items()]
     played = [course.played for course in under_way]
-    room = _room(model, sampling)
+    room = room_of(model.config, sampling.max_new_tokens)
     while under_way:
         asked = [replace(course.task, prompt=[*course.task.prompt, *course.played.messages]) for course in under_way]
         encoded = encode_prompts(tokenizer, asked, chat_template_kwargs)
@@ -147,7 +147,15 @@ def _refused(text: str) -> str:
     return ""
 
 
-def _room(model: PreTrainedModel, sampling: Sampling) -> float:
-    """The most tokens a history may have for the model to take another turn."""
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    return math.inf if positions is None else positions - sampling.max_new_tokens
+def room_of(config: PreTrainedConfig, max_new_tokens: int) -> float:
+    """The most tokens a history may have for a model of this configuration to take another turn.
+
+    Raises `UserError` for turns that leave no room for any history.
+    """
+    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if positions is not None and max_new_tokens >= positions:
+        raise UserError(
+            f"max_new_tokens: a turn of {max_new_tokens} tokens leaves no room for the task within the model's "
+            f"{positions} positions. Lower max_new_tokens"
+        )
+    return math.inf if positions is None else positions - max_new_tokens

@@ -24,9 +24,10 @@ from prefopt.data.sources import load_train_test
 from prefopt.data.turns import assistant_turns
 from prefopt.environments import environment_facts, open_environment
 from prefopt.environments.opening import environment_name
-from prefopt.environments.playing import TURN_LIMIT, WHOLE, Played, play
+from prefopt.environments.playing import TURN_LIMIT, WHOLE, Played, play, room_of
 from prefopt.errors import DataError
 from prefopt.generation import Sampling
+from prefopt.models import holds_adapter, model_config
 from prefopt.procedures.answers import drawn, open_model, seed_of
 from prefopt.procedures.exploring import ExploringSettings
 from prefopt.procedures.pairing import (
@@ -60,8 +61,11 @@ def write_tasks(recipe: Recipe, folder: Path, settings: ExploringSettings) -> di
     supervised start also every trajectory, to `supervised.jsonl`.
 
     At most `settings.prompts` and `settings.eval_prompts` tasks, drawn with the recipe's seed; returns how many.
-    Raises `DataError` for rows that are no conversation or say no reward.
+    Raises `DataError` for rows that are no conversation or say no reward, and `UserError` for turns longer than all of
+    the model's positions.
     """
+    if not holds_adapter(recipe.model):  # whose base says it when it is loaded
+        room_of(model_config(recipe.model), settings.max_new_tokens)
     rules = {name: recipe.training[name] for name in BAD_ROWS if name in recipe.training}
     needed = {"required_columns": (REWARD,), "needed_by": "procedure"}
     train, test = load_train_test(recipe.data_spec(), supervised=True, **needed, **rules)

@@ -54,7 +54,8 @@ class ExploringSettings(RoundSettings):
     """`environment`: a block of one of the kinds in `prefopt.environments`. `max_turns`: of the agent in an episode.
 
     `success`: the reward from which an episode counts as one, in the figures alone. `select`: the turns of a pair that
-    are trained on, for losses that compare segments; whole trajectories when None.
+    are trained on, for losses that compare segments; whole trajectories when None. `eval_prompts` are all the held-out
+    tasks of the embedded environment unless written.
     """
 
     environment: dict[str, Any] = field(default_factory=dict)
