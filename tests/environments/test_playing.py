@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+from dataclasses import replace
 
 import pytest
 
@@ -99,6 +100,71 @@ def test_an_environment_may_speak_in_messages_and_does_not_change_the_task(monke
     (one,) = played({0: task(0, turns=2)}, Tool)
     assert one.messages[1] == {"role": "tool", "content": "turn 1", "name": "clock"}
     assert one.messages[2]["content"] == "task 0 3"
+
+
+class Holding(Counting):
+    """Counts how many episodes hold something, and keeps the most there were at a time."""
+
+    open, most, closed = 0, 0, 0
+
+    def __init__(self, task):
+        super().__init__(task)
+        Holding.open += 1
+        Holding.most = max(Holding.most, Holding.open)
+
+    def step(self, text):
+        if self.task.get("broken"):
+            raise ConnectionError("gone")
+        return super().step(text)
+
+    def close(self):
+        Holding.open -= 1
+        Holding.closed += 1
+        if self.task.get("stuck"):
+            raise OSError("it does not close")
+
+
+@pytest.fixture
+def holding(monkeypatch):
+    for name in ("open", "most", "closed"):
+        monkeypatch.setattr(Holding, name, 0)
+
+
+def test_as_many_episodes_as_a_batch_has_turns_are_open_at_a_time_and_each_is_closed_once(monkeypatch, holding):
+    scripted(monkeypatch, lambda history, draw: "yes")
+    episodes = played({number: task(number, turns=1 + number % 3) for number in range(11)}, Holding)
+    assert [each.number for each in episodes] == list(range(11))
+    assert [each.turns for each in episodes] == [1 + number % 3 for number in range(11)]
+    assert (Holding.most, Holding.open, Holding.closed) == (4, 0, 11)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"broken": True}, "turn 1: ConnectionError: gone"),
+        ({"broken": True, "stuck": True}, "turn 1: ConnectionError: gone"),
+        ({"stuck": True, "turns": 1}, "close: OSError: it does not close"),
+    ],
+)
+def test_episodes_are_closed_when_one_of_them_fails(monkeypatch, holding, change, said):
+    scripted(monkeypatch, lambda history, draw: "yes")
+    with pytest.raises(UserError, match=said):
+        played({0: task(0, turns=1), 1: task(1, **change), 2: task(2)}, Holding)
+    assert (Holding.open, Holding.closed) == (0, 3)
+
+
+def test_an_environment_reads_the_tools_and_template_arguments_of_a_task(monkeypatch):
+    scripted(monkeypatch, lambda history, draw: "yes")
+    told = []
+
+    def environment(row):
+        told.append(row)
+        return Counting(row)
+
+    tools = [{"name": "clock"}]
+    played({0: replace(task(0), tools=tools, chat_template_kwargs={"thinking": False}), 1: task(1)}, environment)
+    assert (told[0]["tools"], told[0]["chat_template_kwargs"]) == (tools, {"thinking": False})
+    assert told[1].keys() == {"turns", "prompt"}
 
 
 def test_what_is_sampled_follows_from_the_task_and_what_was_said():
