@@ -15,7 +15,7 @@ from typing import Any
 from prefopt.errors import Stopped, UserError
 from prefopt.exit_status import leave_status
 from prefopt.reference.command import add_cache
-from prefopt.row_commands import add_commands, output_file
+from prefopt.row_commands import add_commands, add_plugin, output_file
 
 _OVERRIDES = "Any setting of the recipe can be given as --key value, --key=value or --loss.beta value; it wins."
 _STDOUT = 1
@@ -102,7 +102,7 @@ def _add_recipe_commands(commands: Any) -> None:
     explain.add_argument("recipe")
     explain.set_defaults(run=_explain, takes_overrides=True)
     for command in (train, run, explain):
-        _add_plugin(command)
+        add_plugin(command)
 
 
 def _add_listings(commands: Any) -> None:
@@ -113,13 +113,7 @@ def _add_listings(commands: Any) -> None:
     losses = commands.add_parser("losses", help="list the losses, or print the page of one")
     losses.add_argument("name", nargs="?")
     losses.set_defaults(run=_losses)
-    _add_plugin(losses)
-
-
-def _add_plugin(command: argparse.ArgumentParser) -> None:
-    command.add_argument(
-        "--plugin", action="append", default=[], metavar="FILE", help="a Python file with a loss of your own"
-    )
+    add_plugin(losses)
 
 
 def _add_evaluate(command: argparse.ArgumentParser) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from peft import get_peft_model
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+from transformers import AutoModelForCausalLM, PreTrainedConfig
 from transformers.utils.import_utils import is_torch_bf16_gpu_available
 
 from prefopt.checks import IDLE
@@ -19,10 +19,9 @@ from prefopt.errors import UserError
 from prefopt.forecast import Sizes, reference_bytes, reference_plan
 from prefopt.losses.pages import needs_summary
 from prefopt.losses.trial import try_losses
-from prefopt.models import adapter_config
+from prefopt.models import adapter_config, model_config
 from prefopt.procedures import Stage, TrainStage, make_plan
 from prefopt.recipe import ModelSection, Recipe
-from prefopt.recipe.checks import scratch_config
 from prefopt.recipe.write import to_yaml
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -119,7 +118,7 @@ def _cost(stage: TrainStage, settings: dict[str, Any], devices: int) -> str:
 
 def measure_model(section: ModelSection) -> Sizes:
     """Count a model's weights without loading or making any. Raises `UserError` when its configuration is not there."""
-    config = _config(section)
+    config = model_config(section)
     with torch.device("meta"):
         model: nn.Module = AutoModelForCausalLM.from_config(config, trust_remote_code=section.trust_remote_code)
         parameters = sum(parameter.numel() for parameter in model.parameters())
@@ -147,21 +146,6 @@ def memory_parts(sizes: Sizes, settings: Mapping[str, Any], tokens: float, *, re
         "reference": reference,
     }
     return {**parts, "in all": sum(parts.values())}
-
-
-def _config(section: ModelSection) -> PreTrainedConfig:
-    if section.from_scratch is not None:
-        return scratch_config(section.from_scratch)
-    try:
-        config: PreTrainedConfig = AutoConfig.from_pretrained(
-            str(section.model_name_or_path),
-            revision=section.model_revision,
-            trust_remote_code=section.trust_remote_code,
-        )
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().split("\n")[0]
-        raise UserError(f"the configuration of `{section.model_name_or_path}` cannot be read. {reason}") from error
-    return config
 
 
 def _width(section: ModelSection, config: PreTrainedConfig) -> float:

@@ -8,10 +8,12 @@ import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
     BitsAndBytesConfig,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -19,6 +21,7 @@ from transformers.utils.peft_utils import find_adapter_config_file
 
 from prefopt.config import PreferenceConfig
 from prefopt.errors import UserError
+from prefopt.recipe.checks import scratch_config
 from prefopt.recipe.sections import ModelSection
 from prefopt.scoring.model import causal_lm, enable_scoring, refuse_unsupported
 
@@ -124,6 +127,22 @@ def _load_adapter(name: str, dtype: str, options: dict[str, Any]) -> PeftModel:
         config.base_model_name_or_path, dtype=DTYPES[dtype], **{**options, "revision": config.revision}
     )
     return PeftModel.from_pretrained(base, name, is_trainable=True, revision=options.get("revision"))
+
+
+def model_config(section: ModelSection) -> PreTrainedConfig:
+    """The configuration of the model a recipe starts from. Raises `UserError` where there is none to read."""
+    if section.from_scratch is not None:
+        return scratch_config(section.from_scratch)
+    try:
+        config: PreTrainedConfig = AutoConfig.from_pretrained(
+            str(section.model_name_or_path),
+            revision=section.model_revision,
+            trust_remote_code=section.trust_remote_code,
+        )
+    except (OSError, ValueError) as error:
+        reason = _first_line(error)
+        raise UserError(f"the configuration of `{section.model_name_or_path}` cannot be read. {reason}") from error
+    return config
 
 
 def holds_adapter(section: ModelSection) -> bool:

@@ -23,15 +23,19 @@ def add_commands(commands: Any) -> None:
     _build_arguments(actions.add_parser("build", help="cut each pair where it parts and where its segment ends"))
 
 
+def add_plugin(command: argparse.ArgumentParser) -> None:
+    """Let a command read files with what is the user's own."""
+    told = "a Python file of your own, with a loss, a judge or an environment"
+    command.add_argument("--plugin", action="append", default=[], metavar="FILE", help=told)
+
+
 def _inspect_arguments(inspect: argparse.ArgumentParser) -> None:
     inspect.add_argument("recipe", help="a YAML file, or the name of a recipe that comes with the package")
     inspect.add_argument("row", type=int, help="the row, counted from 0")
     inspect.add_argument("--split", default="train", help="train (the default), or another split of the data")
     inspect.add_argument("--model", metavar="PATH", help="a trained model: log-ratios and KL of each token as well")
     inspect.add_argument("--html", metavar="FILE", help="write a page instead of printing")
-    inspect.add_argument(
-        "--plugin", action="append", default=[], metavar="FILE", help="a Python file with a loss of your own"
-    )
+    add_plugin(inspect)
     inspect.set_defaults(run=_inspect, takes_overrides=True)
 
 

@@ -89,6 +89,13 @@ def without_plugins() -> Iterator[None]:
 # What it tells
 
 
+@pytest.mark.parametrize("command", ["train", "inspect"])
+def test_the_help_says_what_a_plugin_may_hold(command, capsys):
+    with pytest.raises(SystemExit):
+        cli.main([command, "--help"])
+    assert "a loss, a judge or an environment" in " ".join(capsys.readouterr().out.split())
+
+
 def test_help_names_every_command_and_loads_nothing_heavy():
     code = (
         "import sys; from prefopt import cli\n"

@@ -39,13 +39,15 @@ def check_columns(examples: Iterable[Example], required: Sequence[str], optional
     return problems
 
 
-def check_row_columns(example: Example, required: Sequence[str], optional: Sequence[str] = ()) -> None:
-    """Raise `Flaw` for the first declared column that is missing, or whose value the loss cannot use."""
+def check_row_columns(
+    example: Example, required: Sequence[str], optional: Sequence[str] = (), *, needed_by: str = "loss"
+) -> None:
+    """Raise `Flaw` for the first declared column that is missing, or whose value cannot be used."""
     for name in required:
         if name not in example.columns:
             present = ", ".join(f"`{column}`" for column in example.columns) or "none"
             hint = nearest(name, example.columns)
-            message = f"the loss needs this column; the row has, beside prompt and answers, {present}.{hint}"
+            message = f"the {needed_by} needs this column; the row has, beside prompt and answers, {present}.{hint}"
             raise Flaw("missing_column", message, name)
     for name in (*required, *optional):
         if name in required or example.columns.get(name) is not None:
@@ -115,8 +117,9 @@ def marker_pattern(special_tokens: Iterable[str]) -> re.Pattern[str] | None:
 
 
 def notes_of(example: Example, markers: re.Pattern[str] | None = None) -> list[str]:
-    """What deserves a look: `prompt_repeated`, `empty_prompt`, `control_markers` (special tokens inside the text)."""
-    notes = []
+    """What deserves a look: `prompt_repeated`, `empty_prompt`, `control_markers` (special tokens inside the text), and
+    what was noted when the row was read."""
+    notes = [*example.notes]
     prompt = example.prompt if isinstance(example.prompt, str) else example.prompt[-1]["content"] or ""
     if not prompt.strip():
         notes.append("empty_prompt")

@@ -10,7 +10,7 @@ import difflib
 import hashlib
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from prefopt.data.judge import BOUNDS, BadBounds
@@ -24,7 +24,7 @@ from prefopt.data.messages import (
     split_text,
 )
 from prefopt.data.options import label_of, template_kwargs_of, tools_of, unfinished_of
-from prefopt.data.parting import Parted, cut, first_difference, given_bounds
+from prefopt.data.parting import Parted, cut, cut_notes, first_difference, given_bounds
 from prefopt.data.problems import BadRow, Flaw, RawRow, Where, kind_of
 from prefopt.data.turns import SEGMENTS
 from prefopt.errors import DataError, nearest
@@ -74,7 +74,7 @@ class Example:
 
     All parts are texts, or all are lists of messages. `unfinished` names the answers that were cut off and are read
     without an end marker. `example_id` depends on these parts, `unfinished`, `tools` and `chat_template_kwargs`, and on
-    nothing else; `columns` holds every other column of the row as it was read.
+    nothing else; `columns` holds every other column of the row as it was read. `notes` are for the report of the data.
     """
 
     example_id: str
@@ -88,6 +88,7 @@ class Example:
     unfinished: tuple[str, ...] = ()
     columns: dict[str, Any] = field(default_factory=dict)
     where: Where = NOWHERE
+    notes: tuple[str, ...] = field(default=(), compare=False)
 
     @property
     def paired(self) -> bool:
@@ -170,6 +171,8 @@ def find_format(values: dict[str, Any], expected: Format | None = None) -> Forma
     format = max(fitting, key=lambda format: len(format.columns))
     if format.paired and len(values.keys() & set(BOUNDS)) == 1:
         raise _missing(values, next(format for format in FORMATS if format.bounded))
+    if format.paired and all(_misspelt(name, values) for name in BOUNDS):
+        refuse_misspelt(values, BOUNDS[0])
     if expected and set(format.columns) < set(expected.columns):
         raise _missing(values, expected)
     if "prompt" not in format.columns:
@@ -212,11 +215,12 @@ def _misspelt(column: str, values: Iterable[str]) -> str | None:
 def parse_row(values: dict[str, Any], format: Format, where: Where) -> Example:
     """The example that the row's values make in this format. Raises `Flaw` at the first broken rule."""
     parts = {name: _part(name, values[name]) for name in format.parts}
+    notes: tuple[str, ...] = ()
     _check_one_kind(parts)
     if format.paired and parts["chosen"] == parts["rejected"]:
         raise Flaw("identical_pair", "it is the same as `chosen`", "rejected")
     if format.bounded:
-        parts, values = _to_bounds(parts, values)
+        parts, values, notes = _to_bounds(parts, values)
     elif "prompt" not in parts:
         parts = _with_prompt(parts)
     prompt = parts["prompt"]
@@ -233,7 +237,7 @@ def parse_row(values: dict[str, Any], format: Format, where: Where) -> Example:
     said["unfinished"] = unfinished_of(values.get("unfinished"), format.answers)
     used = {*format.columns, "tools", "chat_template_kwargs", "unfinished"}
     columns = {name: value for name, value in values.items() if name not in used}
-    return make_example(prompt, where=where, columns=columns, **said)
+    return replace(make_example(prompt, where=where, columns=columns, **said), notes=notes)
 
 
 def _part(column: str, value: Any) -> Part:
@@ -270,8 +274,10 @@ def _with_prompt(parts: dict[str, Part]) -> dict[str, Part]:
     return dict(zip(("prompt", "chosen", "rejected"), split, strict=True))
 
 
-def _to_bounds(parts: dict[str, Part], values: dict[str, Any]) -> tuple[dict[str, Part], dict[str, Any]]:
-    """Two whole conversations as a pair cut to its bounds, and the values of the row with its segments."""
+def _to_bounds(
+    parts: dict[str, Part], values: dict[str, Any]
+) -> tuple[dict[str, Part], dict[str, Any], tuple[str, ...]]:
+    """Two whole conversations as a pair cut to its bounds, the values of the row with its segments, and notes."""
     texts = [name for name, part in parts.items() if isinstance(part, str)]
     if texts:
         raise Flaw("wrong_type", f"the value is text; {' and '.join(BOUNDS)} count messages", texts[0])
@@ -281,7 +287,9 @@ def _to_bounds(parts: dict[str, Part], values: dict[str, Any]) -> tuple[dict[str
     chosen, rejected = ([*history, *parts[side]] for side in ("chosen", "rejected"))
     try:
         pair = Parted(chosen, rejected, first_difference(chosen, rejected), values)
-        row = cut(pair, *given_bounds(pair))
+        bounds = given_bounds(pair)
+        row = cut(pair, *bounds)
     except BadBounds as reason:
         raise Flaw("no_segment", str(reason), reason.column) from None
-    return {name: row.pop(name) for name in ("prompt", "chosen", "rejected")}, {**values, **row}
+    notes = cut_notes(pair, *bounds, row)
+    return {name: row.pop(name) for name in ("prompt", "chosen", "rejected")}, {**values, **row}, notes

@@ -72,6 +72,18 @@ def cut(pair: Parted, first: int, last: int) -> dict[str, Any]:
     return row
 
 
+def cut_notes(pair: Parted, first: int, last: int, row: dict[str, Any]) -> tuple[str, ...]:
+    """What deserves a look in the `row` that `cut` made: `cut_to_bounds` where messages fell away, `segment_shortened`
+    where the rejected conversation has fewer turns left than the segment."""
+    lengths = {"chosen": len(pair.chosen), "rejected": len(pair.rejected)}
+    shortened = len(row["segments"]["chosen"]) < _turns(pair.chosen[first : last + 1])
+    found = {
+        "cut_to_bounds": any(len(row["prompt"]) + len(row[side]) < length for side, length in lengths.items()),
+        "segment_shortened": shortened,
+    }
+    return tuple(note for note, holds in found.items() if holds)
+
+
 def up_to_turn(messages: Session, count: int) -> Session:
     """The messages up to the assistant's turn of this number, counted from 1, or all up to its last."""
     places = [place for place, message in enumerate(messages) if message["role"] == "assistant"]

@@ -42,9 +42,9 @@ class LoadRules:
     `unlabelled`: a single answer without a label is a good one, and may be written in any of the ways `as_supervised`
     reads. `supervised`: besides, of pairs the chosen answer is taken, and what is labelled undesirable is left out and
     counted. `prompts_only`: every row is a prompt with
-    a stand-in for its answer, whatever else it holds. The columns are those the loss declares. `unequal_segments`: the
-    two sides of a pair may count different numbers of assistant turns. `special_tokens` found inside the texts are
-    counted in the report.
+    a stand-in for its answer, whatever else it holds. The columns are those that the loss declares, or what else they
+    are `needed_by`. `unequal_segments`: the two sides of a pair may count different numbers of assistant turns.
+    `special_tokens` found inside the texts are counted in the report.
     """
 
     on_bad_row: OnBadRow = "error"
@@ -55,6 +55,7 @@ class LoadRules:
     prompts_only: bool = False
     required_columns: Sequence[str] = ()
     optional_columns: Sequence[str] = ()
+    needed_by: str = "loss"
     unequal_segments: bool = False
     special_tokens: Iterable[str] = ()
 
@@ -178,7 +179,8 @@ class _Loader:
 
     def _check_columns(self, example: Example) -> None:
         try:
-            check_row_columns(example, self.rules.required_columns, self.rules.optional_columns)
+            rules = self.rules
+            check_row_columns(example, rules.required_columns, rules.optional_columns, needed_by=rules.needed_by)
             if SEGMENTS in (*self.rules.required_columns, *self.rules.optional_columns) and example.paired:
                 check_turns(example, unequal=self.rules.unequal_segments)
         except Flaw as flaw:

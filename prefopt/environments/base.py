@@ -7,7 +7,10 @@ from typing import Any, Protocol
 
 
 class Episode(Protocol):
-    """One try at a task. It begins after the messages of the task's `prompt`, with the agent's turn."""
+    """One try at a task. It begins after the messages of the task's `prompt`, with the agent's turn.
+
+    It may also have `close()`, which is called once, when it has ended or the run stops: to let go of a process, say.
+    """
 
     def step(self, text: str) -> str | Mapping[str, Any] | None:
         """What answers the agent's turn `text`: what a user says, or a message with `role` and `content`.
@@ -21,4 +24,5 @@ class Episode(Protocol):
 
 
 Environment = Callable[[Mapping[str, Any]], Episode]
-"""Begins an episode of a task: a row of the data without its expert's turns, so `prompt` and all other columns."""
+"""Begins an episode of a task: a row of the data without its expert's turns and what is said of them (`label`,
+`unfinished`), so `prompt`, `tools` and `chat_template_kwargs` where the row has them, and all other columns."""

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from typing import Any
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from prefopt.data.formats import Example
 from prefopt.data.messages import Message, check_messages, check_not_empty, check_text
@@ -59,36 +61,57 @@ def play(
 ) -> list[Played]:
     """An episode of each of the tasks, which have numbers of their own; `name` is the environment's, for messages.
 
-    What is sampled follows from the seed, the task's number and what was said so far, whoever plays the other tasks.
-    Raises `UserError` with the task, for an environment that raises or answers with something else than a message.
+    At most `batch_size` episodes are under way at a time. What is sampled follows from the seed, the task's number and
+    what was said so far, whoever plays the other tasks. Raises `UserError` with the task, for an environment that
+    raises or answers with something else than a message.
     """
-    under_way = [_Course(name, environment, Played(task, number)) for number, task in tasks.items()]
-    played = [course.played for course in under_way]
-    room = _room(model, sampling)
-    while under_way:
-        asked = [replace(course.task, prompt=[*course.task.prompt, *course.played.messages]) for course in under_way]
-        encoded = encode_prompts(tokenizer, asked, chat_template_kwargs)
-        turns = {place: ids for place, ids in enumerate(encoded) if len(ids) <= room}
-        draws = [
-            Draw(place, ids, draw_seed(sampling.seed, under_way[place].played.number, ids))
-            for place, ids in turns.items()
-        ]
-        said = dict(zip(turns, sample(model, tokenizer, draws, sampling, batch_size=batch_size), strict=True))
-        for place, course in enumerate(under_way):
-            course.go_on(said.get(place), max_turns)
-        under_way = [course for course in under_way if not course.played.ended]
-    return played
+    room = room_of(model.config, sampling.max_new_tokens)
+    played = [Played(task, number) for number, task in tasks.items()]
+    waiting = iter(played)
+    under_way: list[_Course] = []
+    try:
+        while True:
+            for begun in islice(waiting, batch_size - len(under_way)):
+                under_way.append(_Course(name, environment, begun))
+            if not under_way:
+                return played
+            asked = [course.history for course in under_way]
+            encoded = encode_prompts(tokenizer, asked, chat_template_kwargs)
+            turns = {place: ids for place, ids in enumerate(encoded) if len(ids) <= room}
+            draws = [
+                Draw(place, ids, draw_seed(sampling.seed, under_way[place].played.number, ids))
+                for place, ids in turns.items()
+            ]
+            said = dict(zip(turns, sample(model, tokenizer, draws, sampling, batch_size=batch_size), strict=True))
+            for place, course in enumerate(under_way):
+                course.go_on(said.get(place), max_turns)
+            under_way = [course for course in under_way if not course.played.ended]
+    finally:
+        for course in under_way:
+            with suppress(UserError):  # what stopped the run is told instead
+                course.close()
 
 
 class _Course:
     """An episode under way, with the task in the message of whatever its environment raises."""
 
     def __init__(self, name: str, environment: Environment, played: Played) -> None:
-        self.played, self.task, self._name = played, played.task, name
-        task = deepcopy({**self.task.columns, "prompt": self.task.prompt})
-        self._episode: Episode = self._asked("beginning", lambda: environment(task))
+        self.played, self.task, self._name, self._closed = played, played.task, name, False
+        self._episode: Episode = self._asked("beginning", lambda: environment(_row(played.task)))
         if not callable(getattr(self._episode, "step", None)):
             raise self._wrong(f"gives {type(self._episode).__name__}, which has no `step`")
+
+    @property
+    def history(self) -> Example:
+        """What the agent answers next: the task's prompt, and all that was said since."""
+        return replace(self.task, prompt=[*self.task.prompt, *self.played.messages])
+
+    def close(self) -> None:
+        """Let the episode let go of what it holds, once, where it has a way to."""
+        close = getattr(self._episode, "close", None)
+        if callable(close) and not self._closed:
+            self._closed = True
+            self._asked("close", close)
 
     def go_on(self, answer: Generation | None, max_turns: int) -> None:
         """The agent's next turn, and what the environment answers; None where there was no room for a turn."""
@@ -97,6 +120,7 @@ class _Course:
             self._speak(answer.text, max_turns)
         if self.played.ended:
             self.played.reward = self._reward()
+            self.close()
 
     def _speak(self, text: str, max_turns: int) -> None:
         self.played.messages.append({"role": "assistant", "content": text})
@@ -137,6 +161,12 @@ class _Course:
         return UserError(f"environment {self._name}, task {self.task.where}: {said}")
 
 
+def _row(task: Example) -> dict[str, Any]:
+    """What an environment is told of a task, its own to change."""
+    said = {"tools": task.tools, "chat_template_kwargs": task.chat_template_kwargs or None, "prompt": task.prompt}
+    return deepcopy({**task.columns, **{name: value for name, value in said.items() if value is not None}})
+
+
 def _refused(text: str) -> str:
     """Why a turn cannot be one of a conversation; empty for one that can."""
     try:
@@ -147,7 +177,15 @@ def _refused(text: str) -> str:
     return ""
 
 
-def _room(model: PreTrainedModel, sampling: Sampling) -> float:
-    """The most tokens a history may have for the model to take another turn."""
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    return math.inf if positions is None else positions - sampling.max_new_tokens
+def room_of(config: PreTrainedConfig, max_new_tokens: int) -> float:
+    """The most tokens a history may have for a model of this configuration to take another turn.
+
+    Raises `UserError` for turns that leave no room for any history.
+    """
+    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if positions is not None and max_new_tokens >= positions:
+        raise UserError(
+            f"max_new_tokens: a turn of {max_new_tokens} tokens leaves no room for the task within the model's "
+            f"{positions} positions. Lower max_new_tokens"
+        )
+    return math.inf if positions is None else positions - max_new_tokens

@@ -12,7 +12,7 @@ import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from types import FunctionType, ModuleType
+from types import ModuleType
 from typing import Any, cast
 
 from prefopt.errors import UserError
@@ -26,7 +26,7 @@ def load_plugin(path: str | os.PathLike[str]) -> list[str]:
     """Run a Python file and give the names of the losses it registered.
 
     Loading the same file again replaces its losses. `UserError` when the file is missing, does not run, or registers
-    nothing; a file without a loss may hold functions alone.
+    nothing; a file without a loss may hold functions alone, or classes that are called like one.
     """
     file = Path(path).expanduser().resolve()
     if not file.is_file():
@@ -34,9 +34,10 @@ def load_plugin(path: str | os.PathLike[str]) -> list[str]:
     module = _module(file)
     _run(module, file)
     found = registered_by(module.__name__)
-    if not found and not _functions(module):
+    if not found and not _holds_functions(module):
         raise UserError(
-            f'plugin {file}: it registers no loss. Put @register("my_name"), from prefopt.losses, above the class.'
+            f'plugin {file}: it registers no loss. Put @register("my_name"), from prefopt.losses, above the class. '
+            "For a judge or an environment, write a function or a class whose name does not begin with an underscore."
         )
     return found
 
@@ -48,21 +49,30 @@ def plugin_file(loss: type) -> Path | None:
 
 
 def plugin_function(name: str) -> Callable[..., Any]:
-    """The function `rules.py:kindness` of a file that `load_plugin` has read. Raises `UserError` for any other."""
-    file, _, function = name.rpartition(":")
+    """The function `rules.py:kindness` of a file that `load_plugin` has read, or what else there can be called.
+
+    Raises `UserError` for any other.
+    """
+    module, function = _module_with(name), name.rpartition(":")[2]
+    found = getattr(module, function, None)
+    if not callable(found):
+        raise UserError(f"plugin {module.__file__}: it has no function `{function}`")
+    return cast("Callable[..., Any]", found)
+
+
+def _module_with(name: str) -> ModuleType:
+    file = name.rpartition(":")[0]
     for module in reversed(list(sys.modules.values())):  # of two files of one name, the one that was read last
         path = getattr(module, "__file__", None)
         if getattr(module, "__name__", "").startswith(_PREFIX) and path and Path(path).name == Path(file).name:
-            found = getattr(module, function, None)
-            if not callable(found):
-                raise UserError(f"plugin {path}: it has no function `{function}`")
-            return cast("Callable[..., Any]", found)
+            return module
     raise UserError(f"`{name}`: a recipe alone never imports code. Add --plugin {file or 'FILE.py'} to the command")
 
 
 def function_file(name: str) -> Path:
     """The file of a function `rules.py:kindness`. Raises `UserError` as `plugin_function` does."""
-    return Path(str(sys.modules[plugin_function(name).__module__].__file__))
+    plugin_function(name)
+    return Path(str(_module_with(name).__file__))
 
 
 def function_hash(name: str) -> str:
@@ -70,13 +80,12 @@ def function_hash(name: str) -> str:
     return hashlib.sha256(function_file(name).read_bytes()).hexdigest()
 
 
-def _functions(module: ModuleType) -> list[str]:
-    """Public functions of a module without a loss: one that is there was meant and left unregistered."""
-    own = [value for value in vars(module).values() if getattr(value, "__module__", None) == module.__name__]
-    classes = [value for value in own if isinstance(value, type)]
-    if any(issubclass(kind, Loss) for kind in classes):
-        return []
-    return [value.__name__ for value in own if isinstance(value, FunctionType) and not value.__name__.startswith("_")]
+def _holds_functions(module: ModuleType) -> bool:
+    """Whether a module has something public of its own to call, and no loss: one was meant and left unregistered."""
+    own = {name: value for name, value in vars(module).items() if getattr(value, "__module__", "") == module.__name__}
+    if any(isinstance(value, type) and issubclass(value, Loss) for value in own.values()):
+        return False
+    return any(callable(value) and not name.startswith("_") for name, value in own.items())
 
 
 def _module(file: Path) -> ModuleType:

@@ -24,12 +24,14 @@ from prefopt.data.sources import load_train_test
 from prefopt.data.turns import assistant_turns
 from prefopt.environments import environment_facts, open_environment
 from prefopt.environments.opening import environment_name
-from prefopt.environments.playing import TURN_LIMIT, WHOLE, Played, play
+from prefopt.environments.playing import TURN_LIMIT, WHOLE, Played, play, room_of
 from prefopt.errors import DataError
 from prefopt.generation import Sampling
+from prefopt.models import holds_adapter, model_config
 from prefopt.procedures.answers import drawn, open_model, seed_of
 from prefopt.procedures.exploring import ExploringSettings
 from prefopt.procedures.pairing import (
+    FIGURES,
     SUPERVISED,
     TEST,
     TRAIN,
@@ -39,6 +41,7 @@ from prefopt.procedures.pairing import (
     write_figures,
     write_rows,
 )
+from prefopt.procedures.rounds import HELD_OUT, OWN
 from prefopt.procedures.train import BAD_ROWS, open_tokenizer
 from prefopt.ranks import on_main
 from prefopt.recipe import Recipe
@@ -58,10 +61,14 @@ def write_tasks(recipe: Recipe, folder: Path, settings: ExploringSettings) -> di
     supervised start also every trajectory, to `supervised.jsonl`.
 
     At most `settings.prompts` and `settings.eval_prompts` tasks, drawn with the recipe's seed; returns how many.
-    Raises `DataError` for rows that are no conversation or say no reward.
+    Raises `DataError` for rows that are no conversation or say no reward, and `UserError` for turns longer than all of
+    the model's positions.
     """
+    if not holds_adapter(recipe.model):  # whose base says it when it is loaded
+        room_of(model_config(recipe.model), settings.max_new_tokens)
     rules = {name: recipe.training[name] for name in BAD_ROWS if name in recipe.training}
-    train, test = load_train_test(recipe.data_spec(), supervised=True, required_columns=(REWARD,), **rules)
+    needed = {"required_columns": (REWARD,), "needed_by": "procedure"}
+    train, test = load_train_test(recipe.data_spec(), supervised=True, **needed, **rules)
     say(*(f"data: {line}" for line in train.report.lines()))
     parts = {TRAIN: drawn(train.examples, settings.prompts, seed_of(recipe))}
     if test is not None:
@@ -156,7 +163,8 @@ def explore(
 
 def episode_figures(lines: Sequence[Mapping[str, Any]], success: float) -> dict[str, float]:
     """How many episodes there are, their mean reward, the share whose reward reaches `success`, mean turns of the
-    agent, and the shares that ended at the limit of turns or before a turn that was cut off or no text."""
+    agent, and the shares that ended at the limit of turns, or before a turn that was cut off, no text or without room.
+    """
     return {
         "episodes": len(lines),
         "reward": fmean(line["reward"] for line in lines),
@@ -165,6 +173,17 @@ def episode_figures(lines: Sequence[Mapping[str, Any]], success: float) -> dict[
         "turn_limit": fmean(line["ended"] == TURN_LIMIT for line in lines),
         "cut_off": fmean(line["ended"] not in WHOLE for line in lines),
     }
+
+
+def count_again(folder: Path, success: float) -> None:
+    """Write the figures of the episodes in a folder anew: what counts as a success may have changed since."""
+    path = folder / FIGURES
+    figures = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    for part in (OWN, HELD_OUT):
+        if part in figures:
+            figures[part] = episode_figures(list(_lines(folder / part / EPISODES)), success)
+    if figures:
+        write_figures(folder, figures)
 
 
 def _line(played: Played, by: str) -> dict[str, Any]:

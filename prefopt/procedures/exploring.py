@@ -8,6 +8,7 @@ starts from. Pairs hold whole trajectories, or with `select` the segments in whi
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -20,7 +21,7 @@ from prefopt.environments import check_environment, environment_facts
 from prefopt.environments.opening import SOCIAL_WORLD
 from prefopt.errors import RecipeError, UserError, nearest
 from prefopt.procedures.inputs import keep_plugins, sampled, sha256_of
-from prefopt.procedures.pairing import FIGURES, TEST, TRAIN, write_figures, write_rows
+from prefopt.procedures.pairing import FIGURES, TEST, TRAIN, write_figures, write_held_out, write_rows
 from prefopt.procedures.round_stages import data_stage, supervised_start
 from prefopt.procedures.rounds import (
     HELD_OUT,
@@ -53,7 +54,8 @@ class ExploringSettings(RoundSettings):
     """`environment`: a block of one of the kinds in `prefopt.environments`. `max_turns`: of the agent in an episode.
 
     `success`: the reward from which an episode counts as one, in the figures alone. `select`: the turns of a pair that
-    are trained on, for losses that compare segments; whole trajectories when None.
+    are trained on, for losses that compare segments; whole trajectories when None. `eval_prompts` are all the held-out
+    tasks of the embedded environment unless written.
     """
 
     environment: dict[str, Any] = field(default_factory=dict)
@@ -88,7 +90,7 @@ def exploring(recipe: Recipe) -> Sequence[Stage]:
         raise RecipeError("procedure.start: is missing. Random weights cannot act yet. Write start: {...}.")
     if not recipe.objective().paired_required:
         raise RecipeError("loss: an environment makes pairs, and this loss reads single answers.")
-    before, recipe = _tasks(recipe, settings)
+    before, recipe, settings = _tasks(recipe, settings)
     whole, data = recipe, Path(recipe.output_dir) / "data"
     stages: list[Stage] = [*before, _data_stage(recipe, data, settings)]
     if "start" in recipe.procedure:
@@ -98,18 +100,23 @@ def exploring(recipe: Recipe) -> Sequence[Stage]:
         stages += [
             _explore_stage(recipe, data, settings, number),
             _pairs_stage(recipe, data, settings, number),
-            TrainStage(f"train-{number}", round_recipe(recipe, settings, number, has_test=recipe.evaluates)),
+            TrainStage(
+                f"train-{number}",
+                round_recipe(recipe, settings, number, has_test=recipe.evaluates),
+                made_test=True,
+            ),
         ]
     if recipe.evaluates:
         stages.append(_explore_stage(recipe, data, settings, settings.rounds))
     return [*stages, _report_stage(whole, settings)]
 
 
-def _tasks(recipe: Recipe, settings: ExploringSettings) -> tuple[list[Stage], Recipe]:
-    """The stage that makes the tasks of the embedded environment, and the recipe that reads them."""
+def _tasks(recipe: Recipe, settings: ExploringSettings) -> tuple[list[Stage], Recipe, ExploringSettings]:
+    """The stage that makes the tasks of the embedded environment, the recipe that reads them, and the settings, with
+    all its held-out tasks where `eval_prompts` is not written."""
     if SOCIAL_WORLD not in settings.environment:
         refuse_no_data(recipe)
-        return [], recipe
+        return [], recipe, settings
     for name in ("dataset_name", "data_files", "datasets"):
         if getattr(recipe.data, name):
             raise RecipeError(f"{name}: contradicts procedure.environment.{SOCIAL_WORLD}, which makes its own tasks.")
@@ -117,7 +124,10 @@ def _tasks(recipe: Recipe, settings: ExploringSettings) -> tuple[list[Stage], Re
     folder = Path(recipe.output_dir) / "world"
     summary = f"{sizes.tasks} tasks and {sizes.test_tasks} to test on, with what an expert did"
     stage = MakeStage("tasks", folder, lambda: make_tasks(folder, sizes), asdict(sizes), summary=summary)
-    return [stage], recipe.replace(data_files={"train": str(folder / TASKS), "test": str(folder / TEST_TASKS)})
+    if "eval_prompts" not in recipe.procedure:
+        settings = replace(settings, eval_prompts=sizes.test_tasks)
+    files = {"train": str(folder / TASKS), "test": str(folder / TEST_TASKS)}
+    return [stage], recipe.replace(data_files=files), settings
 
 
 def _sizes(given: Any) -> TaskSettings:
@@ -148,7 +158,8 @@ def _data_stage(recipe: Recipe, data: Path, settings: ExploringSettings) -> Make
         say("data: " + ", ".join(f"{count:,} rows in {data / name}" for name, count in counts.items()))
         return counts
 
-    return replace(data_stage(recipe, data, settings, answers=True), make=make, summary="the tasks of all rounds")
+    summary = f"the tasks of all rounds: {settings.told_prompts(train=True)}"
+    return replace(data_stage(recipe, data, settings, answers=True), make=make, summary=summary)
 
 
 def _explore_stage(recipe: Recipe, data: Path, settings: ExploringSettings, number: int) -> MakeStage:
@@ -180,7 +191,6 @@ def _explore_stage(recipe: Recipe, data: Path, settings: ExploringSettings, numb
         **asdict(settings.sampling(number, 0)),
         "seed": recipe.training.get("seed"),
         "max_turns": settings.max_turns,
-        "success": settings.success,
         "chat_template_kwargs": recipe.training.get("chat_template_kwargs"),
     }
     summary = f"one episode of every task, at most {settings.max_turns} turns each"
@@ -195,16 +205,19 @@ def _pairs_stage(recipe: Recipe, data: Path, settings: ExploringSettings, number
         from prefopt.procedures.pairing import read_data
 
         select = None if settings.select is None else read_selector(settings.select)
+        model = start_recipe(recipe, number, settings.rounds).model.model_name_or_path
+        over = f". The rounds end here: their result is the model in {model}"
         found = {}
         for part, file, name in ((OWN, TRAIN, PAIRS), (HELD_OUT, TEST, TEST_PAIRS)):
             if (data / file).is_file():
                 rows, counts = trajectory_pairs(read_data(data / file), explored / part, select)
-                if not rows:
-                    raise UserError(
-                        f"round {number}: on every task of {data / file} the model earns what the expert does, or its "
-                        f"episode cannot be used ({dict(counts)}), so there are no pairs"
-                    )
-                write_rows(folder / name, rows)
+                why_none = _why_none(counts)
+                if part == HELD_OUT:
+                    write_held_out(folder / name, rows, why_none)
+                elif rows:
+                    write_rows(folder / name, rows)
+                else:
+                    raise UserError(f"round {number}: no pair could be made of {data / file}: {why_none}{over}")
                 say(f"round {number}, {part}: " + ", ".join(f"{count:,} {what}" for what, count in counts.items()))
                 found[part] = dict(counts)
         episodes = {part: sum(counts.values()) for part, counts in found.items()}
@@ -213,6 +226,14 @@ def _pairs_stage(recipe: Recipe, data: Path, settings: ExploringSettings, number
         return found
 
     return MakeStage(f"pairs-{number}", folder, make, {"select": settings.select})
+
+
+def _why_none(counts: Counter[str]) -> str:
+    """Why the episodes made no pair."""
+    if counts["ties"] == counts.total():
+        return "on every task the model earns what the expert does, so there is nothing left to learn"
+    told = ", ".join(f"{count:,} {what}" for what, count in counts.items() if count)
+    return f"the model earns what the expert does, or its episode cannot be used ({told})"
 
 
 def _report_stage(recipe: Recipe, settings: ExploringSettings) -> MakeStage:
@@ -224,4 +245,4 @@ def _report_stage(recipe: Recipe, settings: ExploringSettings) -> MakeStage:
         recipe.dump(folder / "recipe.yaml")  # that of the run folder is the last round's alone
         return report(recipe, settings, folder)
 
-    return MakeStage("report", folder, make, {"rounds": settings.rounds})
+    return MakeStage("report", folder, make, {"rounds": settings.rounds, "success": settings.success})

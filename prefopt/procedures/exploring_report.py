@@ -8,7 +8,9 @@ from typing import Any
 
 from prefopt.console import say
 from prefopt.procedures.answers import figures_of_round
-from prefopt.procedures.rounds import RoundSettings
+from prefopt.procedures.episodes import count_again
+from prefopt.procedures.exploring import EXPLORED, ExploringSettings
+from prefopt.procedures.rounds import round_folder
 from prefopt.recipe import Recipe
 from prefopt.report.plots import BLUE, GREY, Curve, Panel
 from prefopt.report.results import write_whole
@@ -34,8 +36,8 @@ COLUMNS = {
 NOTE = (
     "Each row is the model that a round starts from, the last one the model that is left: the mean reward of its "
     "episodes, the share that succeeds, the turns it takes, the share of tasks on which it earns what the expert does, "
-    "and the share of episodes that stop before a turn that was cut off or held no text; then the last figures of the "
-    "training that made the model."
+    "and the share of episodes that stop before a turn that was cut off, held no text or had no room left; then the "
+    "last figures of the training that made the model."
 )
 
 
@@ -56,8 +58,10 @@ PANELS = (
 )
 
 
-def report(recipe: Recipe, settings: RoundSettings, folder: Path) -> list[dict[str, Any]]:
+def report(recipe: Recipe, settings: ExploringSettings, folder: Path) -> list[dict[str, Any]]:
     """Lay the models of all rounds side by side in the run's report, and on the screen; their figures."""
+    for number in range(settings.rounds + 1):
+        count_again(round_folder(recipe, number) / EXPLORED, settings.success)
     rows = [figures_of_round(recipe, settings, number) for number in range(settings.rounds + 1)]
     rows = [row for row in rows if len(row) > 1]
     write_whole(folder / "rounds.json", json.dumps(rows, indent=1) + "\n")

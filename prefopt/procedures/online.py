@@ -17,7 +17,7 @@ from prefopt.errors import RecipeError, UserError
 from prefopt.judges import check_judge, judge_facts
 from prefopt.procedures.exploring import exploring
 from prefopt.procedures.inputs import sha256_of
-from prefopt.procedures.pairing import TEST, TRAIN, read_data, write_rows
+from prefopt.procedures.pairing import TEST, TRAIN, read_data, write_held_out, write_rows
 from prefopt.procedures.round_stages import answers_stage, data_stage, measured_stages, report_stage, surroundings
 from prefopt.procedures.rounds import (
     HELD_OUT,
@@ -99,6 +99,7 @@ def online(recipe: Recipe) -> Sequence[Stage]:
                 f"train-{number}",
                 round_recipe(first, settings, number, has_test=first.evaluates),
                 most_rows=settings.prompts,
+                made_test=True,
             ),
         ]
     if first.evaluates:
@@ -150,9 +151,13 @@ def _pairs_stage(recipe: Recipe, data: Path, settings: OnlineSettings, number: i
             if (data / file).is_file():
                 examples = read_data(data / file)
                 rows, counts = best_against_worst(examples, judged / part, sample_targets=settings.sample_targets)
-                if not rows:
-                    raise UserError(f"round {number}: the judge prefers no answer to {file}, so there are no pairs")
-                write_rows(folder / name, rows)
+                why_none = f"the judge prefers no answer to {file}"
+                if part == HELD_OUT:
+                    write_held_out(folder / name, rows, why_none)
+                elif rows:
+                    write_rows(folder / name, rows)
+                else:
+                    raise UserError(f"round {number}: {why_none}, so there are no pairs")
                 said = ", ".join(f"{count:,} {what}" for what, count in counts.items() if count)
                 say(f"round {number}, {part}: {said}")
                 found[part] = dict(counts)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from prefopt.console import say
 from prefopt.data.formats import Example
 from prefopt.data.messages import check_not_empty, check_text
 from prefopt.data.problems import Flaw, Where
@@ -38,6 +39,15 @@ def write_rows(path: Path, rows: Iterable[dict[str, Any]]) -> None:
     """Write rows as JSON lines, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     write_whole(path, "".join(json.dumps(row) + "\n" for row in rows))
+
+
+def write_held_out(path: Path, rows: Sequence[dict[str, Any]], why_none: str) -> None:
+    """Write the held-out pairs of a round. None at all is said, and leaves no file: the round trains without them."""
+    if rows:
+        write_rows(path, rows)
+        return
+    path.unlink(missing_ok=True)  # of an attempt before
+    say(f"no held-out pair could be made: {why_none}")
 
 
 def write_figures(folder: Path, figures: Mapping[str, Any]) -> None:

@@ -9,7 +9,8 @@ import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from accelerate import PartialState
 from accelerate.utils import release_memory
@@ -26,6 +27,9 @@ from prefopt.ranks import on_main
 from prefopt.report.results import write_whole
 from prefopt.resuming import AUTO, holds_weights, refuse_early
 from prefopt.saving import full_disk_said
+
+if TYPE_CHECKING:
+    from prefopt.recipe import Recipe
 
 MARK = "stage.json"
 # A finished run goes on when these were changed: all that was done is still part of it. Not with stages after it, which
@@ -178,7 +182,17 @@ def _run(stage: Stage, lineage: Lineage | None) -> Any:
         return stage.make() if stage.on_every_rank else on_main(stage.make)
     from prefopt.procedures.train import train
 
-    return train(stage.recipe, lineage)
+    return train(_with_rows_there(stage), lineage)
+
+
+def _with_rows_there(stage: TrainStage) -> Recipe:
+    """The recipe of a stage; without an evaluation where an earlier stage found no row for the test file."""
+    files = stage.recipe.data.data_files
+    if not stage.made_test or not isinstance(files, dict) or "test" not in files or Path(files["test"]).is_file():
+        return stage.recipe
+    say(f"{stage.name}: there are no held-out rows, so this stage is not evaluated, and its last step is kept")
+    rest = {name: file for name, file in files.items() if name != "test"}
+    return stage.recipe.replace(data_files=rest, eval_strategy="no", load_best_model_at_end=False)
 
 
 def _read_mark(stage: Stage) -> _Mark | None:

@@ -32,7 +32,7 @@ def social_world(recipe: Recipe) -> Sequence[Stage]:
         names = " and ".join(loss.name for loss in recipe.loss)
         raise RecipeError(f"procedure: the social world makes pairs, and {names} reads single answers.")
     _refuse_data(recipe)
-    settings = _settings(recipe.procedure.get("world") or {})
+    settings = _settings(recipe.procedure.get("world"))
     named = recipe.procedure.get("select", "given")
     select = read_selector(named, "given")
     folder = Path(recipe.output_dir) / "world"
@@ -79,7 +79,10 @@ def _refuse_data(recipe: Recipe) -> None:
             raise RecipeError(f"{name}: the social world makes its own data. To train on yours, remove `procedure`.")
 
 
-def _settings(given: dict[str, Any]) -> SocialSettings:
+def _settings(given: Any) -> SocialSettings:
+    given = {} if given is None else given
+    if not isinstance(given, dict):
+        raise RecipeError("procedure.world: must be a block, such as {sessions: 4000}.")
     known = [field.name for field in fields(SocialSettings)]
     for name, value in given.items():
         if name not in known:

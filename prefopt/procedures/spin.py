@@ -21,7 +21,7 @@ from prefopt.console import say
 from prefopt.data.formats import Example
 from prefopt.errors import RecipeError, UserError
 from prefopt.generation import read_generations
-from prefopt.procedures.pairing import TEST, TRAIN, as_answer, pair_row, read_data, usable, write_rows
+from prefopt.procedures.pairing import TEST, TRAIN, as_answer, pair_row, read_data, usable, write_held_out, write_rows
 from prefopt.procedures.round_stages import (
     answers_stage,
     data_stage,
@@ -102,7 +102,7 @@ def spin(recipe: Recipe) -> Sequence[Stage]:
     for number in range(settings.rounds):
         own = round_recipe(first, settings, number, has_test=first.evaluates)
         most = settings.prompts and settings.prompts * len(settings.window(number))
-        trained = TrainStage(f"train-{number}", own, most_rows=most)
+        trained = TrainStage(f"train-{number}", own, most_rows=most, made_test=True)
         stages += [
             answers_stage(first, data, settings, number),
             *measured_stages(first, settings, number),
@@ -152,9 +152,7 @@ def make_pairs(recipe: Recipe, data: Path, folder: Path, settings: SpinSettings,
     if (data / TEST).is_file():
         records = read_generations(answers_folder(recipe, number) / HELD_OUT)
         held_out = _pairs(read_data(data / TEST), records, number, settings, Counter())
-        if not held_out:
-            raise UserError(f"round {number}: no held-out pair could be made: {_WHY_NONE}. Raise eval_prompts")
-        write_rows(folder / TEST_PAIRS, held_out)
+        write_held_out(folder / TEST_PAIRS, held_out, _WHY_NONE)
     say(f"round {number}: " + ", ".join(f"{count:,} {name}" for name, count in counts.items() if count))
     write_rows(folder / "counts.json", [dict(counts)])
     return dict(counts)

@@ -17,12 +17,14 @@ if TYPE_CHECKING:
 class TrainStage:
     """One training run: a recipe whose model, data and output folder are this stage's own.
 
-    `most_rows`: how many rows an earlier stage will make for it at most, where the plan knows.
+    `most_rows`: how many rows an earlier stage will make for it at most, where the plan knows. `made_test`: its test
+    file is made by an earlier stage too, which leaves none where it finds no row for it; then nothing is evaluated.
     """
 
     name: str
     recipe: Recipe
     most_rows: int | None = None
+    made_test: bool = False
 
     @property
     def folder(self) -> Path:

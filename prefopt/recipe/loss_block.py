@@ -12,13 +12,13 @@ from prefopt.losses.knobs import knobs_of
 from prefopt.recipe.fields import read_value
 from prefopt.recipe.problems import Place, Problems
 from prefopt.recipe.sections import LossSpec
-from prefopt.recipe.tree import Block, Items, Node, Text
+from prefopt.recipe.tree import Block, Items, Node, Text, is_null
 
 
 def read_losses(entries: Mapping[str, Node], problems: Problems) -> list[LossSpec]:
     """The losses of the `loss:` block or list, each with the knobs that were written."""
     node = entries.get("loss")
-    if isinstance(node, Text):
+    if isinstance(node, Text) and not is_null(node):
         written = f" Write loss: {{name: {node.text}}}." if node.text in names() else ""
         problems.add(node.place, "loss", f"expected a block with `name` and knobs, or a list of such blocks.{written}")
     if isinstance(node, Items) and not node.items:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from prefopt.recipe.problems import Place, Problems
-from prefopt.recipe.tree import NULLS, Block, Items, Node, Text, parse_value
+from prefopt.recipe.tree import Block, Items, Node, is_null, parse_value
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class _Pen:
         """`node` with the value at `path` below it."""
         if not path:
             return self.value
-        if node is None or (isinstance(node, Text) and node.text in NULLS):
+        if node is None or is_null(node):
             node = Block({}, self.value.place)
         if isinstance(node, Block):
             return self.over_block(node, path)

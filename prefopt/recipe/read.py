@@ -16,7 +16,7 @@ from prefopt.recipe.loss_block import knob_names, misplaced_knob, read_losses
 from prefopt.recipe.problems import Place, Problems
 from prefopt.recipe.renamed import RENAMED, RETIRED, loss_type_remedy, remedy
 from prefopt.recipe.sections import DataSection, DatasetEntry, LossSpec, ModelSection, ReferenceSection
-from prefopt.recipe.tree import NULLS, Block, Items, Node, Text
+from prefopt.recipe.tree import Block, Items, Node, Text, is_null
 from prefopt.settings import field_problem
 
 MIXTURES = ("datasets", "targets")
@@ -49,7 +49,7 @@ def read(tree: Block, source: str, problems: Problems) -> Draft:
     draft.model = read_section(ModelSection, entries, problems)
     draft.data = read_section(DataSection, entries, problems, besides=MIXTURES)
     for name in MIXTURES:
-        if name in entries:
+        if name in entries and not is_null(entries[name]):
             draft.data[name] = _mixture(name, entries[name], problems)
     draft.training = _training(entries, problems)
     draft.losses = read_losses(entries, problems)
@@ -118,7 +118,7 @@ def _mixture(name: str, node: Node, problems: Problems) -> tuple[DatasetEntry, .
 
 def _reference(entries: Mapping[str, Node], problems: Problems) -> dict[str, Any] | None:
     node = entries.get("reference")
-    if node is None or (isinstance(node, Text) and not node.quoted and node.text in ("", "null", "~")):
+    if node is None or is_null(node):
         return None
     if not isinstance(node, Block):
         problems.add(node.place, "reference", "expected a block. Write reference: {source: auto} or {model: path}.")
@@ -127,21 +127,25 @@ def _reference(entries: Mapping[str, Node], problems: Problems) -> dict[str, Any
 
 
 def _procedure(entries: Mapping[str, Node], source: str, problems: Problems) -> dict[str, Any]:
-    """The block as plain values; the plan of that name checks them, since it alone knows what it reads."""
+    """The block as plain values; the plan of that name checks them, since it alone knows what it reads.
+
+    What is null is not there, so that a command line can take out what a recipe has.
+    """
     node = entries.get("procedure")
-    if node is None:
+    if node is None or is_null(node):
         return {}
     if not isinstance(node, Block):
         problems.add(node.place, "procedure", "expected a block. Write procedure: {name: ...}.")
         return {}
     if "start" in node.entries:
         _check_start(node.entries["start"], source, problems)
-    return read_value("procedure", node, dict[str, Any], problems) or {}
+    values: dict[str, Any] = read_value("procedure", node, dict[str, Any], problems) or {}
+    return {name: value for name, value in values.items() if value is not None}
 
 
 def _check_start(node: Node, source: str, problems: Problems) -> None:
     """The settings of a supervised start are those of a recipe: read here, their mistakes are named with their line."""
-    if isinstance(node, Text) and not node.quoted and node.text in NULLS:
+    if is_null(node):
         return
     if not isinstance(node, Block):
         problems.add(node.place, "procedure.start", "expected a block of settings. Write start: {learning_rate: 2e-5}.")

@@ -50,6 +50,11 @@ Node: TypeAlias = Text | Items | Block
 At: TypeAlias = Callable[[int], Place]
 
 
+def is_null(node: Node) -> bool:
+    """Whether a value is written as null, which takes out what was there."""
+    return isinstance(node, Text) and not node.quoted and node.text in (*NULLS, "None")
+
+
 def parse(text: str, source: str, problems: Problems, *, numbered: bool = True) -> Block:
     """The tree of a whole recipe. `source` is the file name that messages start with, with a line when `numbered`.
 

@@ -10,7 +10,7 @@ from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
 from prefopt.errors import nearest
-from prefopt.recipe.tree import NULLS, Items, Node, Text
+from prefopt.recipe.tree import NULLS, Items, Node, Text, is_null
 
 TRUE = ("true", "yes", "on")
 FALSE = ("false", "no", "off")
@@ -118,7 +118,7 @@ def _single(node: Text, options: tuple[Any, ...]) -> Any:
     """Try the readings of a text from the narrowest type to the widest."""
     if Any in options or object in options:
         return untyped(node)
-    if _is_null(node):
+    if is_null(node):
         return _null(node, options)
     enums = [option for option in options if isinstance(option, type) and issubclass(option, Enum)]
     if enums:
@@ -143,10 +143,6 @@ def _first_fit(node: Text, readings: list[Callable[[Text], Any]]) -> Any:
         except Mismatch:
             continue
     return node.text
-
-
-def _is_null(node: Text) -> bool:
-    return not node.quoted and node.text in (*NULLS, "None")
 
 
 def _null(node: Text, options: tuple[Any, ...]) -> None:

@@ -29,12 +29,16 @@ Message = dict[str, str]
 
 @dataclass
 class Session:
-    """A conversation under way. `mood`, `reason` and the partner's topics are drawn before it begins."""
+    """A conversation under way. `mood`, `reason` and the partner's topics are drawn before it begins.
+
+    `cut_off`: a turn of the agent did not end by itself, so data of this conversation would say an end that was none.
+    """
 
     mood: str
     reason: str
     topics: list[str]
     messages: list[Message] = field(default_factory=list)
+    cut_off: bool = False
 
     @classmethod
     def draw(cls, rng: random.Random) -> Session:
@@ -138,6 +142,7 @@ def play(
             said = generate(model, tokenizer, prompts, max_new_tokens=12, seed=seed * TURNS + step, batch_size=400)
             for session, answer in zip(waiting, said, strict=True):
                 session.agent_speaks(answer.text.strip())
+                session.cut_off |= not answer.finished
     return list(sessions)
 
 
@@ -152,18 +157,20 @@ def session_pairs(
 ) -> list[dict[str, Any]]:
     """Pairs of whole conversations: a failure, and a sale that goes on from before its first wrong turn.
 
-    The first of `tries` continuations that ends in a sale is taken, failures without one are left out, and
-    `start_message` and `end_message` bound the turns that decided it. At most `count` pairs.
+    The first of `tries` continuations that ends in a sale is taken, failures without one are left out, as are
+    conversations with a turn that was cut off, and `start_message` and `end_message` bound the turns that decided it.
+    At most `count` pairs.
     """
     failures = [
         session for session in play(model, tokenizer, partners(2 * count, seed), seed) if session.error() is not None
     ]
-    branches = [session.before(session.error() or 0) for session in failures for _ in range(tries)]
-    played = play(model, tokenizer, branches, seed + 1)
+    again = [session.before(session.error() or 0) for session in failures for _ in range(tries)]
+    played = play(model, tokenizer, again, seed + 1)
     rows = []
     for place, lost in enumerate(failures):
-        sales = [branch for branch in played[place * tries : (place + 1) * tries] if branch.error() is None]
-        if sales and sales[0].said(lost.error() or 0) != lost.said(lost.error() or 0):
+        branches = played[place * tries : (place + 1) * tries]
+        sales = [branch for branch in branches if branch.sold and not branch.cut_off]
+        if sales and not lost.cut_off and sales[0].said(lost.error() or 0) != lost.said(lost.error() or 0):
             bounds = {"start_message": 2 * (lost.error() or 0) + 1, "end_message": 2 * (KEY + 1) + 1}
             rows.append({"chosen": sales[0].messages, "rejected": lost.messages, **bounds})
     return rows[:count]

@@ -296,6 +296,23 @@ def test_one_bound_alone_is_not_passed_over():
         read({**row, "end_mesage": 6})
 
 
+def test_two_misspelt_bounds_are_not_passed_over():
+    with pytest.raises(DataError, match=r"column `start_mesage`: .*Did you mean `start_message`"):
+        read({"chosen": WON, "rejected": LOST, "start_mesage": 4, "end_mesage": 6})
+    one = {"chosen": WON[:-1], "rejected": LOST[:-1], "start_message_id": 4}
+    assert load_examples(DataSpec(rows=[one])).report.notes == {}
+
+
+def test_the_report_counts_what_was_cut_and_segments_that_are_shorter_than_their_bounds():
+    whole = {**BOUNDED, "chosen": WON[:-1], "rejected": LOST[:-1], "end_message": 8}
+    short = {**whole, "rejected": LOST[:5]}
+    notes = load_examples(DataSpec(rows=[whole, BOUNDED, short])).report.notes
+    assert {kind: tally.places for kind, tally in notes.items()} == {
+        "cut_to_bounds": ["rows, row 1", "rows, row 2"],
+        "segment_shortened": ["rows, row 2"],
+    }
+
+
 def test_rows_with_bounds_and_rows_without_are_not_mixed():
     with pytest.raises(DataError, match="column `start_message`: the column is missing"):
         read(BOUNDED, {"chosen": WON, "rejected": LOST})

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
+from dataclasses import replace
 
 import pytest
 
 from prefopt.data.formats import Example
 from prefopt.data.problems import Where
-from prefopt.environments import check_environment, open_environment, playing
+from prefopt.environments import check_environment, environment_facts, open_environment, playing
 from prefopt.environments.playing import play
 from prefopt.errors import RecipeError, UserError
 from prefopt.generation import Generation, Sampling
@@ -100,6 +102,71 @@ def test_an_environment_may_speak_in_messages_and_does_not_change_the_task(monke
     assert one.messages[2]["content"] == "task 0 3"
 
 
+class Holding(Counting):
+    """Counts how many episodes hold something, and keeps the most there were at a time."""
+
+    open, most, closed = 0, 0, 0
+
+    def __init__(self, task):
+        super().__init__(task)
+        Holding.open += 1
+        Holding.most = max(Holding.most, Holding.open)
+
+    def step(self, text):
+        if self.task.get("broken"):
+            raise ConnectionError("gone")
+        return super().step(text)
+
+    def close(self):
+        Holding.open -= 1
+        Holding.closed += 1
+        if self.task.get("stuck"):
+            raise OSError("it does not close")
+
+
+@pytest.fixture
+def holding(monkeypatch):
+    for name in ("open", "most", "closed"):
+        monkeypatch.setattr(Holding, name, 0)
+
+
+def test_as_many_episodes_as_a_batch_has_turns_are_open_at_a_time_and_each_is_closed_once(monkeypatch, holding):
+    scripted(monkeypatch, lambda history, draw: "yes")
+    episodes = played({number: task(number, turns=1 + number % 3) for number in range(11)}, Holding)
+    assert [each.number for each in episodes] == list(range(11))
+    assert [each.turns for each in episodes] == [1 + number % 3 for number in range(11)]
+    assert (Holding.most, Holding.open, Holding.closed) == (4, 0, 11)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"broken": True}, "turn 1: ConnectionError: gone"),
+        ({"broken": True, "stuck": True}, "turn 1: ConnectionError: gone"),
+        ({"stuck": True, "turns": 1}, "close: OSError: it does not close"),
+    ],
+)
+def test_episodes_are_closed_when_one_of_them_fails(monkeypatch, holding, change, said):
+    scripted(monkeypatch, lambda history, draw: "yes")
+    with pytest.raises(UserError, match=said):
+        played({0: task(0, turns=1), 1: task(1, **change), 2: task(2)}, Holding)
+    assert (Holding.open, Holding.closed) == (0, 3)
+
+
+def test_an_environment_reads_the_tools_and_template_arguments_of_a_task(monkeypatch):
+    scripted(monkeypatch, lambda history, draw: "yes")
+    told = []
+
+    def environment(row):
+        told.append(row)
+        return Counting(row)
+
+    tools = [{"name": "clock"}]
+    played({0: replace(task(0), tools=tools, chat_template_kwargs={"thinking": False}), 1: task(1)}, environment)
+    assert (told[0]["tools"], told[0]["chat_template_kwargs"]) == (tools, {"thinking": False})
+    assert told[1].keys() == {"turns", "prompt"}
+
+
 def test_what_is_sampled_follows_from_the_task_and_what_was_said():
     """Whoever plays the other tasks, in whatever order: with weights this small no two batches round differently."""
     tokenizer = make_tokenizer()
@@ -168,3 +235,31 @@ def test_a_recipe_alone_never_imports_an_environment(tmp_path):
     assert open_environment({"function": "my_shop.py:make"})({}).reward == 1
     with pytest.raises(UserError, match="has no function `begin`"):
         open_environment({"function": "my_shop.py:begin"})
+
+
+@pytest.mark.parametrize(
+    ("text", "name"),
+    [
+        ("class Shop:\n    def __init__(self, task):\n        self.reward = task['price']\n", "Shop"),
+        (
+            "import functools\n\n\nclass _Shop:\n    reward = 3\n\n\n"
+            "@functools.lru_cache\ndef make(task):\n    return _Shop()\n",
+            "make",
+        ),
+        (
+            "class _Maker:\n    def __call__(self, task):\n        self.reward = 3\n        return self\n\n\n"
+            "make = _Maker()\n",
+            "make",
+        ),
+    ],
+)
+def test_whatever_can_be_called_with_a_task_is_an_environment(tmp_path, text, name):
+    class Task(dict):
+        __hash__ = object.__hash__
+
+    file = tmp_path / "shops.py"
+    file.write_text(text)
+    assert load_plugin(file) == []
+    block = {"function": f"shops.py:{name}"}
+    assert open_environment(block)(Task(price=3)).reward == 3
+    assert environment_facts(block)["file"] == hashlib.sha256(file.read_bytes()).hexdigest()

@@ -275,7 +275,8 @@ def test_two_plugins_cannot_share_a_name(tmp_path):
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("x = 1\n", "registers no loss"),
+        ("x = 1\n", "registers no loss.*For a judge or an environment, write a function or a class"),
+        (PLUGIN.replace('@register("{name}")', "").format(name="mine", slope=2.0), "registers no loss"),
         ("x = 1\ny = (\n", r"my_loss\.py:2: not valid Python"),
         ("x = 1\n\nimport no_such_module\n", r"my_loss\.py:3: ModuleNotFoundError: No module named 'no_such_module'"),
         (PLUGIN.format(name="mine", slope=-2.0), r"my_loss\.py:\d+: loss `mine` \(Mine\): it cannot be made"),

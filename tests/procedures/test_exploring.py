@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -142,6 +143,27 @@ def test_rows_that_are_no_tasks_are_refused_with_their_place(tmp_path, change, s
         run_plan(make_plan(recipe)[:1])
 
 
+def test_a_task_without_a_reward_is_told_that_the_procedure_needs_one(tmp_path):
+    recipe = recipe_in(tmp_path)
+    row = {name: value for name, value in task(0).items() if name != "reward"}
+    (tmp_path / "answers.jsonl").write_text(json.dumps(row) + "\n")
+    with pytest.raises(DataError, match=r"answers\.jsonl:1: column `reward`: the procedure needs this column"):
+        run_plan(make_plan(recipe)[:1])
+
+
+@pytest.mark.parametrize("scratch", [False, True])
+def test_turns_longer_than_the_model_reads_are_refused_before_anything_is_trained(tmp_path, scratch):
+    block = " ".join(BLOCK.format(environment="{function: my_env.py:make}", more=", start: {}").split())
+    tokens = 300 if scratch else 10**6
+    changes = {"procedure": block.replace("max_new_tokens: 40", f"max_new_tokens: {tokens}")}
+    if scratch:
+        changes |= {"from_scratch": "{model_type: llama, max_position_embeddings: 256}", "model_name_or_path": "null"}
+    recipe_in(tmp_path)
+    recipe = load_recipe(tmp_path / "recipe.yaml", [f"--{name}={value}" for name, value in changes.items()])
+    with pytest.raises(UserError, match=f"max_new_tokens: a turn of {tokens} tokens leaves no room for the task"):
+        run_plan(make_plan(recipe)[:1])
+
+
 def test_an_environment_that_is_not_there_is_refused_before_anything_is_played(tmp_path):
     with pytest.raises(UserError, match="a recipe alone never imports code"):
         run_plan(make_plan(recipe_in(tmp_path, environment="{function: no_env.py:make}"))[:1])
@@ -229,7 +251,27 @@ def test_the_report_has_the_figures_of_every_round(finished):
         assert row["held_out/turns"] == sum(line["turns"] for line in lines) / 6
     assert len({row["model"] for row in rows}) == 3
     assert 0 <= rows[0]["own/ties"] < 1 and rows[0]["own/cut_off"] > 0
-    assert "| reward | success |" in (finished / "README.md").read_text()
+    page = (finished / "README.md").read_text()
+    assert "| reward | success |" in page and "had no room left" in page
+
+
+def test_another_success_plays_nothing_again_and_counts_anew(finished, tmp_path, capsys):
+    run_plan(make_plan(recipe_in(tmp_path))[:2])
+    other = make_plan(recipe_in(tmp_path, more=", success: -99"))
+    run_plan(other[:2])
+    assert capsys.readouterr().out.count("done before") == 2
+    shutil.copytree(finished, tmp_path / "run", dirs_exist_ok=True)
+    rows = other[-1].make()
+    assert [row["held_out/success"] for row in rows] == [1.0] * 3
+    before = json.loads((finished / "results.json").read_text())["rounds"]
+    assert [row["held_out/reward"] for row in rows] == [row["held_out/reward"] for row in before]
+
+
+def test_all_embedded_tasks_are_tried_unless_the_recipe_says_how_many(tmp_path):
+    many = ["--procedure.environment", "{social_world: {tasks: 3, test_tasks: 1000}}"]
+    assert "at most 1000 held-out" in make_plan(load_recipe("eto_rounds", many))[1].summary
+    few = make_plan(load_recipe("eto_rounds", [*many, "--procedure.eval_prompts", "20"]))[1]
+    assert few.settings["eval_prompts"] == 20 and "at most 20 held-out" in few.summary
 
 
 class Killed(BaseException):
@@ -285,6 +327,36 @@ def test_a_failing_environment_loses_nothing_that_was_played(tmp_path):
     run_plan(make_plan(recipe)[:2])
     whole = (folder / "episodes.jsonl").read_text()
     assert whole.startswith("".join(kept)) and len(whole.splitlines()) == 16
+
+
+def all_tied(recipe, part: str):
+    """The plan, with its first episodes of this part rewritten: each earned what the expert did."""
+    plan = make_plan(recipe)
+    run_plan(plan[:2])
+    file = plan[1].folder / part / "episodes.jsonl"
+    lines = [{**line, "ended": "over", "reward": 0.5} for line in rows_of(file)]
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return plan
+
+
+def test_held_out_tasks_without_a_pair_leave_their_round_unevaluated(tmp_path, capsys):
+    best = {"load_best_model_at_end": "true", "metric_for_best_model": "eval_loss"}
+    plan = all_tied(recipe_in(tmp_path, eval_strategy="epoch", save_strategy="epoch", **best), "held_out")
+    run_plan(plan)
+    said = capsys.readouterr().out
+    assert "no held-out pair could be made: on every task the model earns what the expert does" in said
+    assert said.count("there are no held-out rows, so this stage is not evaluated") == 1
+    results = [json.loads((plan[place].folder / "results.json").read_text()) for place in (3, 6)]
+    assert results[0]["eval"] == {} and "eval_loss" in results[1]["eval"]
+    assert json.loads((plan[2].folder / "figures.json").read_text())["held_out"] == {"ties": 1.0}
+    run_plan(plan)
+    assert capsys.readouterr().out.count("done before") == len(plan)
+
+
+def test_ties_on_every_task_end_the_rounds_and_name_the_model_that_is_left(tmp_path):
+    plan = all_tied(recipe_in(tmp_path), "own")
+    with pytest.raises(UserError, match=rf"nothing left to learn\. .*result is the model in {tmp_path}/tiny"):
+        run_plan(plan)
 
 
 def test_an_edited_environment_is_another_one(tmp_path):

@@ -101,6 +101,25 @@ def test_pairs_are_the_best_against_the_worst_that_ended(finished):
     assert {row["prompt"] for row in pairs} == differ
 
 
+@pytest.mark.parametrize("part", ["own", "held_out"])
+def test_a_judge_without_a_preference_leaves_nothing_to_train_on_or_to_test_on(tmp_path, monkeypatch, part):
+    plan = make_plan(recipe_in(tmp_path))
+    run_plan(plan[:3])
+    stock = judging.best_against_worst
+
+    def undecided(examples, folder, **options):
+        rows, counts = stock(examples, folder, **options)
+        return ([] if folder.name == part else rows), counts
+
+    monkeypatch.setattr(judging, "best_against_worst", undecided)
+    if part == "own":
+        with pytest.raises(UserError, match=r"the judge prefers no answer to train\.jsonl, so there are no pairs"):
+            plan[3].make()
+        return
+    plan[3].make()
+    assert [path.name for path in plan[3].folder.iterdir()] == ["pairs.jsonl"]
+
+
 def test_the_judges_code_is_kept_with_the_run(finished):
     assert (finished / "plugins" / "my_judge.py").read_text() == JUDGE
     assert "--plugin plugins/my_judge.py" in (finished / "README.md").read_text()

@@ -65,6 +65,8 @@ def test_any_loss_over_pairs_may_be_trained(loss):
         (["--procedure.world", "{session: 3}"], "Did you mean `sessions`"),
         (["--procedure.world", "{pairs: 0}"], r"procedure\.world\.pairs is 0; it must be at least 1"),
         (["--procedure.world", "{pairs: many}"], r"procedure\.world\.pairs: must be a whole number"),
+        (["--procedure.world", "5"], r"procedure\.world: must be a block, such as"),
+        (["--procedure.world", "[]"], r"procedure\.world: must be a block, such as"),
         (["--procedure.selects", "given"], "Did you mean `select`"),
         (["--data_files", "{train: mine.jsonl, test: held.jsonl}"], "data_files: the social world makes its own data"),
         (["--loss", "{name: kto}"], "makes pairs, and kto reads single answers"),

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from prefopt.errors import RecipeError
+from prefopt.procedures import TrainStage, make_plan
 from prefopt.recipe import LossSpec, Recipe, load_recipe
 from tests.recipe.mistakes import BASE
 
@@ -91,3 +92,35 @@ def test_refusals_name_the_option(load, options, answer):
 def test_a_knob_the_new_loss_does_not_read_is_named_with_its_line(load):
     with pytest.raises(RecipeError, match=r"^recipe.yaml:5: loss.beta: `sft` does not read it"):
         load("--loss.name", "sft")
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("segment_dpo", ["--procedure", "null"]),
+        ("quickstart", ["--procedure", "null"]),
+        ("spin", ["--procedure.world", "null", "--procedure.start", "null", "--procedure.measure", "null"]),
+        ("online", ["--procedure.world", "null", "--procedure.start", "null", "--procedure.measure", "null",
+                    "--procedure.judge", "{function: my_judge.py:score}"]),
+        ("stepwise", ["--procedure.world", "null", "--procedure.start", "null"]),
+        ("eto_rounds", ["--procedure.start", "null", "--procedure.environment", "{function: my_env.py:make}"]),
+    ],
+)  # fmt: skip
+def test_null_takes_the_embedded_world_out_of_a_shipped_recipe(name, options):
+    own = ["--from_scratch", "null", "--model_name_or_path", "m", "--data_files", "a.jsonl", "--test_split_size", "0.1"]
+    recipe = load_recipe(name, [*options, *own])
+    first = next(stage.recipe for stage in make_plan(recipe) if isinstance(stage, TrainStage))
+    assert first.model.model_name_or_path == "m"
+    assert "world" not in recipe.procedure and "start" not in recipe.procedure
+
+
+@pytest.mark.parametrize("block", ["procedure", "reference", "datasets", "targets"])
+def test_null_takes_any_block_out(tmp_path, block):
+    file = tmp_path / "recipe.yaml"
+    file.write_text("model_name_or_path: m\ndata_files: a.jsonl\nloss: {name: dpo}\n")
+    assert load_recipe(file, [f"--{block}", "null"]) == load_recipe(file)
+
+
+def test_a_recipe_without_its_loss_is_told_that_it_is_missing():
+    with pytest.raises(RecipeError, match=r"loss: is missing"):
+        load_recipe("dpo", ["--loss", "null"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from dataclasses import replace
 
 import pytest
 
@@ -84,6 +85,21 @@ def test_pairs_share_what_came_before_the_first_error_and_bound_what_decided():
         assert row["chosen"][start] != row["rejected"][start]
         assert start in (2 * KEY + 1, 2 * KEY + 3) and end == 2 * KEY + 3
         assert len(row["chosen"]) == len(row["rejected"]) == 2 * TURNS
+
+
+@pytest.mark.usefixtures("at_random")
+def test_a_conversation_with_a_turn_that_was_cut_off_makes_no_pair(monkeypatch):
+    spoken = social.generate
+
+    def cut_off(*rest, **options):
+        """Whoever says `today` has not ended."""
+        return [replace(each, finished="today" not in each.text) for each in spoken(*rest, **options)]
+
+    whole = session_pairs(None, None, 40, 5)
+    monkeypatch.setattr(social, "generate", cut_off)
+    rows = session_pairs(None, None, 40, 5)
+    assert len(rows) > 3 and "today" in str(whole)
+    assert "today" not in str([row[side] for row in rows for side in ("chosen", "rejected")])
 
 
 @pytest.fixture
