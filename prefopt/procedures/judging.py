@@ -12,6 +12,7 @@ from statistics import fmean
 from typing import Any
 
 from accelerate import PartialState
+from accelerate.utils import gather_object
 from tqdm.auto import tqdm
 
 from prefopt.console import say
@@ -46,8 +47,12 @@ def judge_answers(block: Mapping[str, Any], answers: Path, folder: Path, *, cut_
         }
         missing = on_main(lambda: [path for path in chunks if not path.is_file()])
         own = {path: chunks[path] for path in missing[state.process_index :: state.num_processes]}
-        _judge_chunks(block, own, by, cut_off=cut_off)
+        cost = _judge_chunks(block, own, by, cut_off=cut_off)
         wait_for_files(chunks)
+        costs = gather_object([cost])
+        for rank, line in enumerate(costs):
+            if line:
+                say(f"judge{f', process {rank}' if len(costs) > 1 else ''}: {line}")
         on_main(lambda: _together(list(chunks), folder / SCORES))
     return on_main(lambda: _figures(folder / SCORES))
 
@@ -82,14 +87,14 @@ def _is_judged(path: Path, by: str) -> bool:
 
 def _judge_chunks(
     block: Mapping[str, Any], chunks: Mapping[Path, list[list[dict[str, Any]]]], by: str, *, cut_off: bool
-) -> None:
+) -> str:
+    """Judge and write the chunks of this rank, and say what that has cost."""
     if not chunks:
-        return
+        return ""
     judge, hidden = open_judge(block), None if PartialState().is_main_process else True
     for path, groups in tqdm(chunks.items(), desc="Judging", unit=f"x{CHUNK} prompts", disable=hidden):
         write_rows(path, [{**_judged(judge, records, cut_off=cut_off), "by": by} for records in groups])
-    if judge.summary:
-        say(f"judge: {judge.summary}")
+    return judge.summary
 
 
 def _judged(judge: Judge, records: Sequence[dict[str, Any]], *, cut_off: bool) -> dict[str, Any]:

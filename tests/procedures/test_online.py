@@ -188,6 +188,21 @@ def test_scores_of_other_answers_of_the_same_model_are_not_used(tmp_path):
     assert {text for line in rows_of(judged / "scores.jsonl") for text in line["answers"]} == {"a cat"}
 
 
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_what_judging_has_cost_is_said_of_every_rank(finished, tmp_path, monkeypatch, capsys, ranks):
+    class Dear:
+        summary = "7 calls"
+
+        def scores(self, prompt, answers):
+            return [1.0] * len(answers)
+
+    monkeypatch.setattr(judging, "open_judge", lambda block: Dear())
+    monkeypatch.setattr(judging, "gather_object", lambda own: own * ranks)
+    judging.judge_answers({"function": "my_judge.py:length"}, finished / "round-0" / "answers" / "own", tmp_path)
+    said = {1: "judge: 7 calls\n", 2: "judge, process 0: 7 calls\njudge, process 1: 7 calls\n"}
+    assert said[ranks] in capsys.readouterr().out
+
+
 def test_a_plain_sample_of_the_reference_is_the_target(tmp_path):
     recipe = recipe_in(tmp_path, more=", sample_targets: true", loss="{name: slic}")
     run_plan(make_plan(recipe)[:5])
