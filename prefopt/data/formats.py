@@ -101,6 +101,12 @@ class Example:
         return "text" if isinstance(self.prompt, str) else "chat"
 
     @property
+    def beside_messages(self) -> dict[str, Any]:
+        """What a chat template reads beside the messages: `tools` and `chat_template_kwargs`, where there are any."""
+        said = {"tools": self.tools, "chat_template_kwargs": self.chat_template_kwargs or None}
+        return {name: value for name, value in said.items() if value is not None}
+
+    @property
     def answers(self) -> list[Part]:
         """Chosen and rejected, or the completion."""
         return [part for part in (self.chosen, self.rejected, self.completion) if part is not None]

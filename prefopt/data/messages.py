@@ -94,6 +94,16 @@ def check_not_empty(column: str, text: str, what: str = "the answer") -> None:
         raise Flaw("blank_answer", f"{what} is nothing but blanks", column)
 
 
+def is_answer(text: str) -> bool:
+    """Whether a data set may hold a sampled text: it has a visible character and nothing that is no text."""
+    try:
+        check_not_empty("answer", text)
+        check_text("answer", text)
+    except Flaw:
+        return False
+    return True
+
+
 def split_messages(chosen: list[Message], rejected: list[Message]) -> tuple[list[Message], ...]:
     """`(prompt, chosen, rejected)`: the longest shared beginning after which both go on with an assistant turn."""
     shared = 0

@@ -13,7 +13,7 @@ from typing import Any
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from prefopt.data.formats import Example
-from prefopt.data.messages import Message, check_messages, check_not_empty, check_text
+from prefopt.data.messages import Message, check_messages, is_answer
 from prefopt.data.problems import Flaw, shown
 from prefopt.environments.base import Environment, Episode
 from prefopt.errors import UserError
@@ -115,8 +115,13 @@ class _Course:
 
     def go_on(self, answer: Generation | None, max_turns: int) -> None:
         """The agent's next turn, and what the environment answers; None where there was no room for a turn."""
-        self.played.ended = NO_ROOM if answer is None else CUT_OFF if not answer.finished else _refused(answer.text)
-        if answer is not None and not self.played.ended:
+        if answer is None:
+            self.played.ended = NO_ROOM
+        elif not answer.finished:
+            self.played.ended = CUT_OFF
+        elif not is_answer(answer.text):
+            self.played.ended = NO_TEXT
+        else:
             self._speak(answer.text, max_turns)
         if self.played.ended:
             self.played.reward = self._reward()
@@ -163,18 +168,7 @@ class _Course:
 
 def _row(task: Example) -> dict[str, Any]:
     """What an environment is told of a task, its own to change."""
-    said = {"tools": task.tools, "chat_template_kwargs": task.chat_template_kwargs or None, "prompt": task.prompt}
-    return deepcopy({**task.columns, **{name: value for name, value in said.items() if value is not None}})
-
-
-def _refused(text: str) -> str:
-    """Why a turn cannot be one of a conversation; empty for one that can."""
-    try:
-        check_not_empty("turn", text)
-        check_text("turn", text)
-    except Flaw:
-        return NO_TEXT
-    return ""
+    return deepcopy({**task.columns, **task.beside_messages, "prompt": task.prompt})
 
 
 def room_of(config: PreTrainedConfig, max_new_tokens: int) -> float:

@@ -112,18 +112,15 @@ class VLLM:
         return answers
 
     def _started(self) -> subprocess.Popen[str]:
-        try:
-            return subprocess.Popen(
-                [self._python, "-I", str(_WORKER)],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=self._said,
-                text=True,
-                encoding="utf-8",
-                env=worker_environment(os.environ, _device()),
-            )
-        except OSError as error:
-            raise UserError(f"vLLM: {self._python} does not start: {error}") from error
+        return subprocess.Popen(
+            [self._python, "-I", str(_WORKER)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._said,
+            text=True,
+            encoding="utf-8",
+            env=worker_environment(os.environ, _device()),
+        )
 
     def _asked(self, question: Mapping[str, Any]) -> Any:
         """The process's answer to one line."""

@@ -17,10 +17,11 @@ from tqdm.auto import tqdm
 
 from prefopt.console import say
 from prefopt.data.formats import Example
+from prefopt.data.messages import is_answer
 from prefopt.generation import read_generations
 from prefopt.generation.shards import content_of
 from prefopt.judges import Judge, judge_facts, open_judge
-from prefopt.procedures.pairing import as_answer, pair_row, usable, write_rows
+from prefopt.procedures.pairing import as_answer, pair_row, write_rows
 from prefopt.ranks import on_main, wait_for_files
 from prefopt.reference.hashing import hash_json
 
@@ -98,7 +99,7 @@ def _judge_chunks(
 
 
 def _judged(judge: Judge, records: Sequence[dict[str, Any]], *, cut_off: bool) -> dict[str, Any]:
-    answers = [record["text"] for record in records if (cut_off or record["finished"]) and usable(record["text"])]
+    answers = [record["text"] for record in records if (cut_off or record["finished"]) and is_answer(record["text"])]
     return {
         "prompt_index": records[0]["prompt_index"],
         "answers": answers,

@@ -9,8 +9,7 @@ from typing import Any
 
 from prefopt.console import say
 from prefopt.data.formats import Example
-from prefopt.data.messages import check_not_empty, check_text
-from prefopt.data.problems import Flaw, Where
+from prefopt.data.problems import Where
 from prefopt.report.results import write_whole
 
 TRAIN, TEST, SUPERVISED, FIGURES = "train.jsonl", "test.jsonl", "supervised.jsonl", "figures.json"
@@ -58,36 +57,20 @@ def write_figures(folder: Path, figures: Mapping[str, Any]) -> None:
 
 def prompt_row(example: Example) -> dict[str, Any]:
     """The prompt of an example as a row."""
-    return {"prompt": example.prompt, **_besides(example)}
+    return {"prompt": example.prompt, **example.beside_messages}
 
 
 def answer_row(example: Example) -> dict[str, Any]:
     """An example as a row: its prompt and its good answer."""
     answer = {"completion": example.completion, "label": True, "unfinished": list(example.unfinished)}
-    return {"prompt": example.prompt, **answer, **_besides(example)}
+    return {"prompt": example.prompt, **answer, **example.beside_messages}
 
 
 def pair_row(example: Example, chosen: Any, rejected: Any, **columns: Any) -> dict[str, Any]:
     """A row of preference data with the prompt of an example."""
-    return {"prompt": example.prompt, "chosen": chosen, "rejected": rejected, **_besides(example), **columns}
+    return {"prompt": example.prompt, "chosen": chosen, "rejected": rejected, **example.beside_messages, **columns}
 
 
 def as_answer(example: Example, text: str) -> Any:
     """A sampled text as an answer of the example's own kind."""
     return text if isinstance(example.prompt, str) else [{"role": "assistant", "content": text}]
-
-
-def usable(text: str) -> bool:
-    """Whether a data set may hold an answer: it has a visible character and nothing that is no text."""
-    try:
-        check_not_empty("answer", text)
-        check_text("answer", text)
-    except Flaw:
-        return False
-    return True
-
-
-def _besides(example: Example) -> dict[str, Any]:
-    """What a conversation's template reads beside its messages."""
-    said = {"tools": example.tools, "chat_template_kwargs": example.chat_template_kwargs or None}
-    return {name: value for name, value in said.items() if value is not None}

@@ -19,9 +19,10 @@ from typing import TYPE_CHECKING, Any
 
 from prefopt.console import say
 from prefopt.data.formats import Example
+from prefopt.data.messages import is_answer
 from prefopt.errors import RecipeError, UserError
 from prefopt.generation import read_generations
-from prefopt.procedures.pairing import TEST, TRAIN, as_answer, pair_row, read_data, usable, write_held_out, write_rows
+from prefopt.procedures.pairing import TEST, TRAIN, as_answer, pair_row, read_data, write_held_out, write_rows
 from prefopt.procedures.round_stages import (
     answers_stage,
     data_stage,
@@ -170,7 +171,7 @@ def _pairs(
     for record in records:
         example = examples[record["prompt_index"]]
         answer = as_answer(example, record["text"])
-        if not usable(record["text"]):
+        if not is_answer(record["text"]):
             counts["left out, blank or no text"] += 1
             continue
         if answer == example.completion:

@@ -22,7 +22,6 @@ from prefopt.scoring.distribution import Distribution, ExpectedRows
 from prefopt.scoring.expected import expected_rows
 
 LOGP, HIDDEN, EXPECTED = "logp", "hidden", "expected"
-WHOLE = (HIDDEN, EXPECTED)
 SMALL = 2 * 10**9
 """Bytes of whole distributions that `auto` keeps; beyond them, making them again is often cheaper than reading them."""
 _SCALARS = 3  # mean logit, log-normalizer and log-probability, behind each expected row

@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from prefopt.data.messages import check_not_empty, check_text
-from prefopt.data.problems import Flaw
+from prefopt.data.messages import is_answer
 from prefopt.generation import Generation, encode_prompts, generate
 from prefopt.scoring.modes import evaluating
 from prefopt.world.grammar import is_grammatical
@@ -142,12 +141,7 @@ def answer_kl(
 
 
 def _usable(answer: Generation) -> bool:
-    try:
-        check_not_empty("answer", answer.text)
-        check_text("answer", answer.text)
-    except Flaw:
-        return False
-    return answer.finished
+    return answer.finished and is_answer(answer.text)
 
 
 def _widest_pairs(scored: dict[str, float], most: int) -> list[dict[str, Any]]:

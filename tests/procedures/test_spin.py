@@ -11,13 +11,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from prefopt.data.messages import is_answer
 from prefopt.errors import RecipeError, UserError
 from prefopt.generation import shards
 from prefopt.losses import load_plugin, names
 from prefopt.models import load_model
 from prefopt.procedures import MakeStage, TrainStage, make_plan, run_plan
 from prefopt.procedures.inputs import inputs_of
-from prefopt.procedures.pairing import read_data, usable
+from prefopt.procedures.pairing import read_data
 from prefopt.procedures.rounds import BETA
 from prefopt.procedures.spin import PAPER
 from prefopt.recipe import load_recipe
@@ -247,7 +248,7 @@ def test_what_is_measured_is_a_figure_of_each_round_and_trains_nothing(finished,
     run = tmp_path / "run"
     for number, row in enumerate(json.loads((run / "results.json").read_text())["rounds"]):
         shards = sorted((run / f"round-{number}" / "answers" / "held_out").glob("shard-*.jsonl"))
-        lengths = [len(answer["text"]) for shard in shards for answer in rows_of(shard) if usable(answer["text"])]
+        lengths = [len(answer["text"]) for shard in shards for answer in rows_of(shard) if is_answer(answer["text"])]
         assert row["measured/characters"] == pytest.approx(sum(lengths) / len(lengths))
         assert row["held_out/unfinished"] > 0
     assert "| round | characters |" in (run / "README.md").read_text()
