@@ -23,9 +23,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from prefopt import PreferenceConfig, PreferenceTrainer
 from prefopt.data.dataset import TokenDataset
+from prefopt.data.messages import is_answer
 from prefopt.generation import Generation, encode_prompts, generate
 from prefopt.models import load_model, load_tokenizer
-from prefopt.procedures.pairing import usable
 from prefopt.scratch import build_model, train_tokenizer
 from prefopt.world.reward import reward as known_reward
 from prefopt.world.sampling import answer_kl
@@ -168,7 +168,7 @@ def pair_rows(world: World) -> list[dict[str, Any]]:
         _text_row(prompt, *pair)
         for prompt, scored in groups.items()
         for pair in combinations(sorted(scored, reverse=True), 2)
-        if pair[0][0] > pair[1][0] and all(usable(text) for _, text, _ in pair)
+        if pair[0][0] > pair[1][0] and all(is_answer(text) for _, text, _ in pair)
     ]
 
 
